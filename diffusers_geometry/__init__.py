@@ -1,0 +1,56 @@
+"""Reads the geometry of a diffusion model's score while a diffusers pipeline generates.
+
+Names are resolved on first use, so that ``import diffusers_geometry`` itself loads neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Denoiser": "denoiser",
+    "Estimate": "stochastic",
+    "GeometryDDIMPipeline": "mixin",
+    "GeometryDDPMPipeline": "mixin",
+    "GeometryDiTPipeline": "mixin",
+    "GeometryMixin": "mixin",
+    "GeometryStableDiffusionPipeline": "mixin",
+    "GeometryTrace": "trajectory",
+    "Jacobian": "jacobian",
+    "Spectrum": "spectrum",
+    "record": "capture",
+    "with_geometry": "mixin",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+if TYPE_CHECKING:
+    from .capture import record as record
+    from .denoiser import Denoiser as Denoiser
+    from .jacobian import Jacobian as Jacobian
+    from .mixin import GeometryDDIMPipeline as GeometryDDIMPipeline
+    from .mixin import GeometryDDPMPipeline as GeometryDDPMPipeline
+    from .mixin import GeometryDiTPipeline as GeometryDiTPipeline
+    from .mixin import GeometryMixin as GeometryMixin
+    from .mixin import GeometryStableDiffusionPipeline as GeometryStableDiffusionPipeline
+    from .mixin import with_geometry as with_geometry
+    from .spectrum import Spectrum as Spectrum
+    from .stochastic import Estimate as Estimate
+    from .trajectory import GeometryTrace as GeometryTrace
+
+
+def __getattr__(name: str) -> Any:
+    """Imports ``name`` from the module it lives in, once."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}. Expected one of {sorted(_HOME)}.")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """All public names, resolved or not."""
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,195 @@
+"""Recording a pipeline while it generates: every chosen step's sample, noise level, and the denoiser to evaluate there again.
+
+    with record(pipe, steps=10) as recording:
+        pipe("a thin seven")
+    denoiser = recording[3].denoiser
+
+While the block is open, ``scheduler.step`` is wrapped on the instance, forward hooks note the arguments of the networks, and the
+pipeline's class is a subclass that takes down the call. All of it is undone on leaving, also after an exception, and none of it
+changes a number: images are bit-identical. Denoisers are built when they are first asked for, see :mod:`.recorded_step`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from .drive import Drive, PipelineCall, own_output
+from .jacobian import require_finite
+from .recorded_step import Engine, RecordedStep
+from .replay import NetworkCall, is_duplicated, may_hold
+from .schedule import loop_position, noise_level, scheduler_family
+
+
+class Recording(Sequence[RecordedStep]):
+    """The recorded steps of one pipeline call, in order; made by :func:`record`.
+
+    Attributes:
+        final_sample: The last step's result, before any decoding, (B, *dims); None before the call.
+        total_steps: Number of loop positions of the run.
+    """
+
+    def __init__(self, pipe: Any, steps: int | Sequence[int] | str, engine: Engine) -> None:
+        self.pipe, self._steps, self._engine = pipe, steps, engine
+        self._recorded: list[RecordedStep] = []
+        self._wanted: frozenset[int] = frozenset()
+        self._first = self._count = 0
+        self._calls: list[NetworkCall] = []
+        self._call: PipelineCall | None = None
+        self._used = False
+        self._restore = ExitStack()
+        self.final_sample: Tensor | None = None
+        self.total_steps = 0
+
+    def __len__(self) -> int:
+        return len(self._recorded)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._recorded[i]
+
+    def __enter__(self) -> Recording:
+        if self._used:
+            raise RuntimeError("this recording was entered before. Expected one `with record(pipe)` block per recording.")
+        if getattr(type(self.pipe), "_is_recorded", False):
+            raise RuntimeError(f"{type(self.pipe).__name__} is being recorded already. Expected one recording at a time.")
+        self._used = True
+        with ExitStack() as undo:
+            self._patch_pipeline(undo)
+            self._restore = undo.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._restore.close()
+        self._calls = []
+
+    def _patch_pipeline(self, undo: ExitStack) -> None:
+        pipe, scheduler, pipeline_class = self.pipe, self.pipe.scheduler, type(self.pipe)
+        self._pristine = copy.deepcopy(scheduler)
+        recording = self
+
+        @functools.wraps(pipeline_class.__call__)
+        def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+            if recording._call is not None:
+                raise RuntimeError("a recording holds one pipeline call, and this is the second. Open another recording for it.")
+            recording._call = PipelineCall.capture(pipe, pipeline_class, args, kwargs)
+            output = pipeline_class.__call__(pipe, *args, **kwargs)
+            if not recording._count:
+                raise RuntimeError(f"{pipeline_class.__name__} never called scheduler.step, so there is nothing to record.")
+            return output
+
+        members = {"__call__": call, "__module__": pipeline_class.__module__, "_is_recorded": True}
+        pipe.__class__ = type(pipeline_class.__name__, (pipeline_class,), members)
+        undo.callback(setattr, pipe, "__class__", pipeline_class)
+
+        step = scheduler.step
+
+        @functools.wraps(step)
+        def recorded_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            recording._before_step(model_output, timestep, sample)
+            result = step(model_output, timestep, sample, *args, **kwargs)
+            recording.final_sample = result[0] if isinstance(result, tuple) else result.prev_sample
+            return result
+
+        scheduler.step = recorded_step
+        undo.callback(scheduler.__dict__.pop, "step", None)
+        for module in _networks(pipe).values():
+            undo.callback(module.register_forward_pre_hook(self._before_network, with_kwargs=True).remove)
+            undo.callback(module.register_forward_hook(self._after_network).remove)
+
+    def _before_network(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._call is not None and (not self._wanted or self._count + self._first in self._wanted):
+            self._calls.append(NetworkCall(module, args, dict(kwargs)))
+
+    def _after_network(self, module: nn.Module, args: tuple, output: Any) -> None:
+        for call in reversed(self._calls):
+            if call.module is module and call.output is None:
+                call.output = output
+                return
+
+    def _before_step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> None:
+        scheduler = self.pipe.scheduler
+        position = loop_position(scheduler, timestep, self._first + self._count)
+        if not self._count:
+            self._first, self.total_steps = position, len(scheduler.timesteps) - position
+            self._wanted = frozenset(resolve_steps(self._steps, self.total_steps, self._first))
+        if position in self._wanted:
+            self._keep(position, model_output, timestep, sample)
+        self._count += 1
+        self._calls = []
+
+    def _keep(self, position: int, model_output: Tensor, timestep: Any, sample: Tensor) -> None:
+        model_output = require_finite(own_output(model_output, sample), f"the network's output at step {position}")
+        # Calls whose arguments hold no copy of the sample (text encoders before the first step) are not of this step.
+        calls = [c for c in self._calls if may_hold(c, sample)]
+        duplicated = is_duplicated(sample, model_output, calls)
+        state = {k: copy.copy(v) if isinstance(v, list) else v for k, v in self.pipe.scheduler.__dict__.items()}
+        drive = Drive(self._call, self._pristine, state, timestep, duplicated)
+        if duplicated:
+            sample, model_output = sample[: len(sample) // 2], model_output[: len(model_output) // 2]
+        level = noise_level(self.pipe.scheduler, position)
+        sample, model_output = sample.detach(), model_output.detach()
+        self._recorded.append(RecordedStep(position, level, sample, model_output, calls, drive, self._engine))
+
+
+def record(pipe: Any, steps: int | Sequence[int] | Literal["all"] = 10, *, engine: Engine = "auto") -> Recording:
+    """Records one call of a diffusers pipeline; use as ``with record(pipe) as recording: pipe(...)``.
+
+    Args:
+        pipe: Any pipeline with a scheduler whose noise levels are known.
+        steps: How many loop positions (evenly spaced from first to last), or which ones (negative from the end), or "all".
+        engine: "auto" certifies a replay and falls back to drive, saying why in ``RecordedStep.refusal``; "replay" raises
+            instead of falling back; "drive" always runs the pipeline's own loop.
+
+    Raises:
+        ValueError: unknown scheduler, empty or senseless ``steps``, a network in train mode.
+        RuntimeError: the recording is entered twice, or the pipeline is being recorded already.
+    """
+    if getattr(pipe, "scheduler", None) is None:
+        raise ValueError(f"{type(pipe).__name__} has no scheduler. Expected a diffusers pipeline that denoises with one.")
+    if engine not in ("auto", "replay", "drive"):
+        raise ValueError(f"engine={engine!r}. Expected 'auto', 'replay' or 'drive'.")
+    scheduler_family(pipe.scheduler)
+    check_steps(steps)
+    for name, module in _networks(pipe).items():
+        if module.training:
+            raise ValueError(
+                f"pipe.{name} is in train mode, where dropout makes every evaluation different. Expected eval mode: call "
+                f"pipe.{name}.eval()."
+            )
+    return Recording(pipe, steps, engine)
+
+
+def check_steps(steps: int | Sequence[int] | str) -> None:
+    """Raises ValueError for a choice of steps that no run can meet."""
+    if steps == "all":
+        return
+    is_count = isinstance(steps, int) and not isinstance(steps, bool)
+    is_choice = isinstance(steps, (Sequence, range)) and not isinstance(steps, str) and all(isinstance(s, int) for s in steps)
+    if (is_count and steps < 1) or (is_choice and not len(steps)) or not (is_count or is_choice):
+        raise ValueError(f"steps={steps!r}. Expected a positive number of steps, a non-empty sequence of positions, or 'all'.")
+
+
+def resolve_steps(steps: int | Sequence[int] | str, total: int, first: int = 0) -> list[int]:
+    """Loop positions to record in a run of ``total`` steps that starts at position ``first``.
+
+    Raises:
+        ValueError: more steps, or a later position, than the run has.
+    """
+    if steps == "all":
+        return list(range(first, first + total))
+    if isinstance(steps, int):
+        count = min(steps, total)
+        return sorted({first + round(i * (total - 1) / max(count - 1, 1)) for i in range(count)})
+    outside = [s for s in steps if not -total <= s < total]
+    if outside:
+        raise ValueError(f"steps={list(steps)} has {outside}. Expected positions from {-total} to {total - 1} in a run of {total}.")
+    return sorted({first + s % total for s in steps})
+
+
+def _networks(pipe: Any) -> dict[str, nn.Module]:
+    return {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}

@@ -1,0 +1,157 @@
+"""The denoiser at one noise level: E[x_0 | x_t], the score and the noise, and their canonical Jacobians.
+
+A sampler's point is x_t = alpha_t x_0 + sigma_t epsilon; y = x_t / alpha_t = x_0 + sigma epsilon is its variance-exploding
+form, sigma = sigma_t / alpha_t. A network's output o gives the posterior mean as x_0 = a x_t + b o. With D = E[x_0 | x_t]:
+
+    score(x_t) = grad log p_t(x_t) = (alpha_t D - x_t) / sigma_t^2        epsilon(x_t) = (x_t - alpha_t D) / sigma_t
+
+The canonical Jacobian is D' = dD/dy = Cov(x_0 | y) / sigma^2 = I + sigma^2 J (second-order Tweedie): symmetric, positive, its
+large singular values are the directions that the model keeps. J = d score_y / dy = (D' - I) / sigma^2 is the score Jacobian
+of arXiv:2410.05898. In code dy is dx_t / alpha_t, so that alpha_t = 0 (pure noise) gives D' = 0 instead of a division.
+
+    of=            map whose plain Jacobian with respect to x_t is returned                equals
+    "denoised"     alpha_t D(x_t)                                                          D'
+    "score"        (alpha_t D(x_t) - x_t) alpha_t^2 / sigma_t^2                            (D' - I) / sigma^2
+    "epsilon"      (x_t - alpha_t D(x_t)) alpha_t / sigma_t                                (I - D') / sigma
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .jacobian import Jacobian
+
+Map = Literal["denoised", "score", "epsilon"]
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
+MAPS: tuple[str, ...] = get_args(Map)
+
+
+def prediction_coefficients(prediction_type: str, alpha_t: float, sigma_t: float) -> tuple[float, float]:
+    """(a, b) with x_0 = a x_t + b output, for diffusers' prediction types.
+
+    v_prediction is alpha epsilon - sigma x_0 for the normalised pair (alpha, sigma) = (alpha_t, sigma_t) / norm, which is the
+    network's view in variance-exploding schedulers too; flow_prediction is epsilon - x_0.
+
+    Raises:
+        ValueError: unknown type, or epsilon at alpha_t = 0, where noise says nothing of x_0.
+    """
+    power = alpha_t**2 + sigma_t**2
+    if prediction_type == "epsilon":
+        if alpha_t == 0:
+            raise ValueError(
+                "alpha_t=0 with prediction_type='epsilon'. Expected alpha_t > 0: at pure noise a predicted epsilon does not "
+                "determine x_0. Use v_prediction, sample or flow_prediction, or leave this step out."
+            )
+        return 1 / alpha_t, -sigma_t / alpha_t
+    if prediction_type in ("sample", "original_sample"):
+        return 0.0, 1.0
+    if prediction_type == "v_prediction":
+        return alpha_t / power, -sigma_t / math.sqrt(power)
+    if prediction_type == "flow_prediction":
+        return 1 / (alpha_t + sigma_t), -sigma_t / (alpha_t + sigma_t)
+    raise ValueError(f"prediction_type={prediction_type!r}. Expected one of {get_args(PredictionType)}.")
+
+
+class Denoiser:
+    """E[x_0 | x_t] at one noise level, as a function of the scheduler's sample.
+
+    Args:
+        denoised_fn: x_t (B, *dims) -> E[x_0 | x_t] (B, *dims); rows must not influence one another.
+        alpha_t: Signal scale, >= 0.
+        sigma_t: Noise scale, > 0.
+        select_fn: For a batch whose samples are conditioned differently, maps a sample's index to its own ``denoised_fn``.
+
+    Raises:
+        ValueError: ``alpha_t < 0`` or ``sigma_t <= 0``.
+    """
+
+    def __init__(
+        self,
+        denoised_fn: Callable[[Tensor], Tensor],
+        *,
+        alpha_t: float,
+        sigma_t: float,
+        select_fn: Callable[[int], Callable[[Tensor], Tensor]] | None = None,
+    ) -> None:
+        if not alpha_t >= 0 or not sigma_t > 0 or not math.isfinite(alpha_t + sigma_t):
+            raise ValueError(f"alpha_t={alpha_t}, sigma_t={sigma_t}. Expected finite alpha_t >= 0 and sigma_t > 0.")
+        self.alpha_t, self.sigma_t = float(alpha_t), float(sigma_t)
+        self._denoised_fn, self._select_fn = denoised_fn, select_fn
+
+    @classmethod
+    def from_function(
+        cls,
+        fn: Callable[[Tensor], Tensor],
+        *,
+        alpha_t: float,
+        sigma_t: float,
+        prediction_type: PredictionType = "epsilon",
+    ) -> Denoiser:
+        """A denoiser from any network at this noise level; needs no diffusers.
+
+        Args:
+            fn: x_t (B, *dims) -> prediction (B, *dims).
+            alpha_t: Signal scale, >= 0.
+            sigma_t: Noise scale, > 0.
+            prediction_type: What ``fn`` predicts, in diffusers' words.
+        """
+        a, b = prediction_coefficients(prediction_type, alpha_t, sigma_t)
+        return cls(lambda x_t: a * x_t + b * fn(x_t), alpha_t=alpha_t, sigma_t=sigma_t)
+
+    @property
+    def sigma(self) -> float:
+        """Variance-exploding noise sigma_t / alpha_t; infinite at alpha_t = 0."""
+        return self.sigma_t / self.alpha_t if self.alpha_t > 0 else math.inf
+
+    def denoised(self, x_t: Tensor) -> Tensor:
+        """E[x_0 | x_t], (B, *dims) -> (B, *dims)."""
+        return self._denoised_fn(x_t)
+
+    def score(self, x_t: Tensor) -> Tensor:
+        """Gradient of log p_t at x_t (with respect to x_t), (B, *dims) -> (B, *dims)."""
+        return (self.alpha_t * self.denoised(x_t) - x_t) / self.sigma_t**2
+
+    def epsilon(self, x_t: Tensor) -> Tensor:
+        """Expected noise (x_t - alpha_t E[x_0 | x_t]) / sigma_t, (B, *dims) -> (B, *dims)."""
+        return (x_t - self.alpha_t * self.denoised(x_t)) / self.sigma_t
+
+    def select(self, index: int) -> Denoiser:
+        """The denoiser of one sample of a batch, which takes any number of points (K, *dims)."""
+        if self._select_fn is None:
+            return self
+        return Denoiser(self._select_fn(index), alpha_t=self.alpha_t, sigma_t=self.sigma_t)
+
+    def canonical_map(self, of: Map = "denoised") -> Callable[[Tensor], Tensor]:
+        """The map of the module docstring's table, (K, *dims) -> (K, *dims): its Jacobian in x_t is the canonical one."""
+        alpha_t, sigma_t = self.alpha_t, self.sigma_t
+        if of == "denoised":
+            return lambda x_t: alpha_t * self.denoised(x_t)
+        if of == "score":
+            return lambda x_t: (alpha_t * self.denoised(x_t) - x_t) * (alpha_t / sigma_t) ** 2
+        if of == "epsilon":
+            return lambda x_t: (x_t - alpha_t * self.denoised(x_t)) * (alpha_t / sigma_t)
+        raise ValueError(f"of={of!r}. Expected one of {MAPS}.")
+
+    def as_denoised(self, columns: Tensor, directions: Tensor, of: Map) -> Tensor:
+        """Turns columns J_of V of the canonical Jacobian into D'V, given the directions V; zero at alpha_t = 0."""
+        if of == "denoised":
+            return columns
+        if self.alpha_t == 0:
+            return torch.zeros_like(columns)
+        return directions + self.sigma**2 * columns if of == "score" else directions - self.sigma * columns
+
+    def jacobian(self, x_t: Tensor, of: Map = "denoised", *, chunk_size: int = 64) -> Jacobian:
+        """The canonical Jacobian at one sample.
+
+        Args:
+            x_t: The point, shape (*dims), at least float32.
+            of: "denoised" (D'), "score" ((D' - I) / sigma^2) or "epsilon" ((I - D') / sigma).
+            chunk_size: Products taken at once.
+        """
+        batched = self.canonical_map(of)
+        return Jacobian(lambda x: batched(x[None])[0], x_t, batched_fn=batched, chunk_size=chunk_size)

@@ -1,0 +1,120 @@
+"""The three phases of generation (arXiv:2410.05898), read from singular values u of D' along a run.
+
+At resolution Delta a snapshot is *flat* (all u < Delta), *binary* (no u in [Delta, 1 - Delta], some above) or *graded*. Then
+
+    trivial         the flat run attached to the largest sigma: nothing of the data is seen yet
+    consolidation   the binary run attached to the smallest sigma: the manifold is a projection, directions are kept or dropped
+    coverage        everything between: variances inside the manifold are being fitted
+
+For Gaussian data of variances l the boundaries are sigma² = l_max (1 - Delta)/Delta and sigma² = l_min Delta/(1 - Delta).
+They are crossovers, so they move with Delta. The gap rule, nearer to the paper's figures, calls trivial a snapshot without a
+gap >= Delta, consolidation one whose only such gap is the final one (its position is that of the largest gap at the smallest
+sigma), and coverage everything else.
+
+One snapshot cannot tell the manifold from a sub-manifold of high variance: phases belong to a run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+PHASES = ("trivial", "coverage", "consolidation")
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Phase labels of a run and where they change.
+
+    Attributes:
+        labels: "trivial", "coverage" or "consolidation", shape (steps, batch), in the order of the run.
+        trivial_boundary: Per sample, the recorded sigmas (above, below) between which the trivial phase ends; None without one.
+        consolidation_boundary: Per sample, the recorded sigmas (above, below) between which consolidation starts; None
+            without one.
+    """
+
+    labels: np.ndarray
+    trivial_boundary: tuple[tuple[float, float] | None, ...]
+    consolidation_boundary: tuple[tuple[float, float] | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        """Labels of one step, shape (batch,)."""
+        return self.labels[step]
+
+
+def snapshot_kind(values: np.ndarray, resolution: float = 0.1) -> str:
+    """ "flat", "binary" or "graded" for singular values of D', shape (k,)."""
+    if (values < resolution).all():
+        return "flat"
+    middle = (values >= resolution) & (values <= 1 - resolution)
+    return "graded" if middle.any() else "binary"
+
+
+def phases_by_eigenvalues(sigmas: np.ndarray, values: list[np.ndarray], resolution: float = 0.1) -> Phases:
+    """Phases by the flat / graded / binary rule.
+
+    Args:
+        sigmas: Noise of the recorded steps, shape (steps,), may hold infinity.
+        values: Per step, singular values of D', shape (batch, k).
+        resolution: Delta, in (0, 0.5).
+    """
+    _check(sigmas, values, resolution)
+    kinds = np.array([[snapshot_kind(sample, resolution) for sample in step] for step in values])
+    return _from_kinds(np.asarray(sigmas, float), kinds == "flat", kinds == "binary")
+
+
+def phases_by_gaps(sigmas: np.ndarray, values: list[np.ndarray], gaps: list[np.ndarray], resolution: float = 0.1) -> Phases:
+    """Phases by the gap rule.
+
+    Args:
+        sigmas: Noise of the recorded steps, shape (steps,).
+        values: Per step, singular values of D', shape (batch, k).
+        gaps: Per step, drops after each value, shape (batch, k).
+        resolution: Smallest gap that counts, in (0, 0.5).
+    """
+    _check(sigmas, values, resolution)
+    final = gaps[int(np.argmin(sigmas))].argmax(axis=1)
+    none, only_final = [], []
+    for step in gaps:
+        large = step >= resolution
+        none.append(~large.any(axis=1))
+        others = large.copy()
+        others[np.arange(len(final)), final] = False
+        only_final.append(large[np.arange(len(final)), final] & ~others.any(axis=1))
+    return _from_kinds(np.asarray(sigmas, float), np.array(none), np.array(only_final))
+
+
+def _from_kinds(sigmas: np.ndarray, flat: np.ndarray, binary: np.ndarray) -> Phases:
+    """Labels and boundaries from the two kinds of run, each of shape (steps, batch)."""
+    order = np.argsort(-sigmas, kind="stable")
+    labels = np.full(flat.shape, "coverage", dtype="<U13")
+    trivial_ends, consolidation_starts = [], []
+    for sample in range(flat.shape[1]):
+        trivial = _leading(flat[order, sample])
+        consolidation = _leading(binary[order, sample][::-1])
+        labels[order[:trivial], sample] = "trivial"
+        labels[order[len(order) - consolidation :], sample] = "consolidation"
+        trivial_ends.append(_bracket(sigmas[order], trivial))
+        consolidation_starts.append(_bracket(sigmas[order], len(order) - consolidation))
+    return Phases(labels, tuple(trivial_ends), tuple(consolidation_starts))
+
+
+def _leading(flags: np.ndarray) -> int:
+    return len(flags) if flags.all() else int(np.argmin(flags))
+
+
+def _bracket(descending: np.ndarray, position: int) -> tuple[float, float] | None:
+    if 0 < position < len(descending):
+        return float(descending[position - 1]), float(descending[position])
+    return None
+
+
+def _check(sigmas: np.ndarray, values: list[np.ndarray], resolution: float) -> None:
+    if not 0 < resolution < 0.5:
+        raise ValueError(f"resolution={resolution}. Expected 0 < resolution < 0.5.")
+    if len(sigmas) != len(values) or not len(values):
+        raise ValueError(f"{len(sigmas)} sigmas and {len(values)} spectra. Expected as many of both, and at least one.")

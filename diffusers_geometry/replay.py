@@ -1,0 +1,212 @@
+"""Engine two: call the denoiser again with its recorded arguments and new samples, many stacked in one batch.
+
+Of every network call made for step k the arguments are kept. The sample's place among them is the tensor (or list) that equals
+c x, repeated r times along the batch; everything else whose leading dimension is the batch is conditioning and is tiled. How the
+pipeline combined the r outputs (classifier-free guidance, a sign) is solved for as weights in least squares.
+
+Agreement at the recorded point proves nothing: a non-linear combination (guidance_rescale, normalised guidance) fits there and has
+a wrong derivative. So :mod:`.capture` compares with :mod:`.drive` away from the trajectory before this engine is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .drive import own_channels
+from .precision import HALF, map_tensors, to_float32
+
+
+class ReplayRefused(RuntimeError):
+    """Why a step cannot be replayed; the drive engine takes its place."""
+
+
+@dataclass
+class NetworkCall:
+    """One call of a network within a step: the module, its arguments and what it returned."""
+
+    module: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any = None
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where the sample sits in a call: argument ``key`` holds ``repeats`` stacked copies of c_in x."""
+
+    key: int | str
+    repeats: int
+    c_in: float
+    is_list: bool
+    item_shape: torch.Size
+
+
+class Replay:
+    """The model output of one step as a batched function of the sample.
+
+    Args:
+        sample: The scheduler's sample, (b, *dims).
+        model_output: What the scheduler was given, (b, *dims).
+        calls: The network calls of the step.
+
+    Attributes:
+        weights: Per network output (call by call, repeat by repeat), its weight in the model output.
+
+    Raises:
+        ReplayRefused: a call does not contain the sample, or the outputs do not combine linearly to the model output.
+    """
+
+    def __init__(self, sample: Tensor, model_output: Tensor, calls: list[NetworkCall]) -> None:
+        found = [(call, slot) for call in calls if (slot := _find_slot(call, sample)) is not None]
+        if not found:
+            raise ReplayRefused("no network of the pipeline was called with a rescaled copy of the sample")
+        self.sample, self.calls, self.slots = sample, [call for call, _ in found], [slot for _, slot in found]
+        outputs = [self._split(call.output, slot.repeats, 1, len(sample))[:, 0] for call, slot in found]
+        self.weights = _combination(torch.cat(outputs), model_output)
+
+    @property
+    def c_in(self) -> float:
+        """The scale with which the networks saw the sample."""
+        return self.slots[0].c_in
+
+    def branch_weights(self, branch: str) -> Tensor:
+        """Weights of "guided", "conditional" or "unconditional", shape (number of outputs,).
+
+        Raises:
+            ValueError: unknown branch, or one that this call did not compute.
+        """
+        if branch == "guided":
+            return self.weights
+        if branch not in ("conditional", "unconditional"):
+            raise ValueError(f"branch={branch!r}. Expected 'guided', 'conditional' or 'unconditional'.")
+        if len(self.weights) == 1 and branch == "conditional":
+            return self.weights
+        if len(self.weights) != 2:
+            raise ValueError(
+                f"branch={branch!r}, but the step made {len(self.weights)} network outputs. Expected two, a conditional and an "
+                "unconditional one: set a guidance_scale above 1, or use branch='guided'."
+            )
+        total = self.weights.sum()
+        conditional = int((self.weights / total).argmax())
+        chosen = conditional if branch == "conditional" else 1 - conditional
+        return torch.zeros_like(self.weights).index_fill(0, torch.tensor([chosen]), total.item())
+
+    def __call__(self, points: Tensor, weights: Tensor, index: int | None = None) -> Tensor:
+        """Model outputs at stacked points.
+
+        Args:
+            points: (K, b, *dims), or (K, 1, *dims) for one sample of the batch.
+            weights: From :meth:`branch_weights`.
+            index: That sample's position; its conditioning is used.
+        """
+        stack, batch = points.shape[:2]
+        total, used = torch.zeros_like(points), 0
+        for call, slot in zip(self.calls, self.slots, strict=True):
+            share = weights[used : used + slot.repeats]
+            used += slot.repeats
+            if (share == 0).all():
+                continue
+            args, kwargs = self._arguments(call, slot, points, index)
+            outputs = self._split(call.module(*args, **kwargs), slot.repeats, stack, batch)
+            for weight, output in zip(share.tolist(), outputs, strict=True):
+                total = total + weight * output
+        return total
+
+    def _arguments(self, call: NetworkCall, slot: _Slot, points: Tensor, index: int | None) -> tuple[list, dict]:
+        """The recorded arguments, conditioning tiled to the stack and the sample's place filled with the points."""
+        stack, batch, rows = points.shape[0], points.shape[1], slot.repeats * len(self.sample)
+
+        def tile(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
+                value = value.unflatten(0, (slot.repeats, 1, len(self.sample)))
+                value = value if index is None else value[:, :, index : index + 1]
+                return value.expand(-1, stack, *value.shape[2:]).flatten(0, 2)
+            if isinstance(value, list) and len(value) == rows:
+                picked = range(len(self.sample)) if index is None else [index]
+                return [value[r * len(self.sample) + i] for r in range(slot.repeats) for _ in range(stack) for i in picked]
+            if isinstance(value, dict):
+                return {key: tile(item) for key, item in value.items()}
+            return value
+
+        seen = (slot.c_in * points)[None].expand(slot.repeats, *points.shape)
+        seen = seen.reshape(slot.repeats * stack * batch, *slot.item_shape)
+        filled: dict[int | str, Any] = {slot.key: list(seen.unbind(0)) if slot.is_list else seen}
+        args = [filled.get(i, map_tensors(tile(v), to_float32)) for i, v in enumerate(call.args)]
+        return args, {name: filled.get(name, map_tensors(tile(v), to_float32)) for name, v in call.kwargs.items()}
+
+    def _split(self, output: Any, repeats: int, stack: int, batch: int) -> Tensor:
+        """A network's output as (repeats, stack, batch, *dims)."""
+        output = getattr(output, "sample", output)
+        output = output[0] if isinstance(output, tuple) else output
+        output = torch.stack(list(output)) if isinstance(output, list) else output
+        if not isinstance(output, Tensor):
+            raise ReplayRefused(f"a network returned {type(output).__name__}, not a tensor")
+        output = own_channels(output, self.sample.shape)
+        if output.numel() != repeats * stack * batch * self.sample[0].numel():
+            raise ReplayRefused(f"a network returned shape {tuple(output.shape)} for samples of {tuple(self.sample.shape)}")
+        return output.reshape(repeats, stack, batch, *self.sample.shape[1:])
+
+
+def _find_slot(call: NetworkCall, sample: Tensor) -> _Slot | None:
+    """The argument that is a rescaled copy of the sample, repeated along the batch."""
+    for key, value in [*enumerate(call.args), *call.kwargs.items()]:
+        is_list = isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(v, Tensor) for v in value)
+        if is_list and any(v.shape != value[0].shape for v in value):
+            continue
+        tensor = torch.stack(list(value)) if is_list else value
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.numel() % sample.numel():
+            continue
+        repeats = tensor.numel() // sample.numel()
+        if repeats == 0 or tensor.ndim == 0 or tensor.shape[0] != repeats * len(sample):
+            continue
+        copies = tensor.detach().double().cpu().reshape(repeats, -1)
+        flat = sample.detach().double().cpu().flatten()
+        c_in = ((copies @ flat).sum() / (repeats * flat.square().sum())).item()
+        tolerance = 1e-2 if tensor.dtype in HALF else 1e-5
+        if c_in != 0 and (copies - c_in * flat).norm() <= tolerance * copies.norm():
+            return _Slot(key, repeats, c_in, is_list, tensor.shape[1:])
+    return None
+
+
+def _combination(outputs: Tensor, model_output: Tensor) -> Tensor:
+    """Least-squares weights w with Σ w_i outputs_i = model_output, shape (number of outputs,), float64."""
+    columns, target = outputs.detach().double().cpu().flatten(1).T, model_output.detach().double().cpu().flatten()
+    # The cut-off leaves branches that agree to rounding one shared weight instead of a fit to the rounding.
+    weights = torch.linalg.lstsq(columns, target[:, None], rcond=1e-6, driver="gelsd").solution.flatten()
+    residual = ((columns @ weights - target).norm() / target.norm()).item()
+    tolerance = 2e-2 if model_output.dtype in HALF else 1e-4
+    if not residual <= tolerance:
+        raise ReplayRefused(f"the network outputs do not combine linearly to the model output (residual {residual:.1e})")
+    return weights
+
+
+def may_hold(call: NetworkCall, sample: Tensor) -> bool:
+    """Whether a call can contain the sample, by size alone; text encoders before the first step cannot."""
+
+    def tensors(value: Any) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                yield from tensors(item)
+
+    candidates = [t for t in tensors([*call.args, *call.kwargs.values()]) if t.is_floating_point() and t.numel()]
+    return any(t.numel() % sample.numel() == 0 or 2 * t.numel() == sample.numel() for t in candidates)
+
+
+def is_duplicated(sample: Tensor, model_output: Tensor, calls: list[NetworkCall]) -> bool:
+    """Whether [x, x] and [o, o] went through the scheduler although the network answered differently for the two halves."""
+    half = len(sample) // 2
+    if len(sample) % 2 or not torch.equal(sample[:half], sample[half:]):
+        return False
+    if not torch.equal(model_output[:half], model_output[half:]) or not calls:
+        return False
+    output = calls[-1].output
+    output = getattr(output, "sample", output)
+    output = output[0] if isinstance(output, tuple) else output
+    return isinstance(output, Tensor) and len(output) == len(sample) and not torch.equal(output[:half], output[half:])
