@@ -137,7 +137,7 @@ class Recording(Sequence[RecordedStep]):
 
 
 def record(pipe: Any, steps: int | Sequence[int] | Literal["all"] = 10, *, engine: Engine = "auto") -> Recording:
-    """Records one call of a diffusers pipeline; use as ``with record(pipe) as recording: pipe(...)``.
+    """A recording of the one pipeline call made inside its ``with`` block.
 
     Args:
         pipe: Any pipeline with a scheduler whose noise levels are known.

@@ -145,6 +145,14 @@ class Denoiser:
             return torch.zeros_like(columns)
         return directions + self.sigma**2 * columns if of == "score" else directions - self.sigma * columns
 
+    def error_scale(self, of: Map) -> float:
+        """What an error in the canonical Jacobian of ``of`` becomes in D', see :meth:`as_denoised`."""
+        if of == "denoised":
+            return 1.0
+        if self.alpha_t == 0:
+            return 0.0
+        return self.sigma**2 if of == "score" else self.sigma
+
     def jacobian(self, x_t: Tensor, of: Map = "denoised", *, chunk_size: int = 64) -> Jacobian:
         """The canonical Jacobian at one sample.
 

@@ -67,16 +67,15 @@ def phases_by_eigenvalues(sigmas: np.ndarray, values: list[np.ndarray], resoluti
     return _from_kinds(np.asarray(sigmas, float), kinds == "flat", kinds == "binary")
 
 
-def phases_by_gaps(sigmas: np.ndarray, values: list[np.ndarray], gaps: list[np.ndarray], resolution: float = 0.1) -> Phases:
+def phases_by_gaps(sigmas: np.ndarray, gaps: list[np.ndarray], resolution: float = 0.1) -> Phases:
     """Phases by the gap rule.
 
     Args:
         sigmas: Noise of the recorded steps, shape (steps,).
-        values: Per step, singular values of D', shape (batch, k).
-        gaps: Per step, drops after each value, shape (batch, k).
+        gaps: Per step, drops after each singular value of D', shape (batch, k).
         resolution: Smallest gap that counts, in (0, 0.5).
     """
-    _check(sigmas, values, resolution)
+    _check(sigmas, gaps, resolution)
     final = gaps[int(np.argmin(sigmas))].argmax(axis=1)
     none, only_final = [], []
     for step in gaps:

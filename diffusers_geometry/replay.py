@@ -178,7 +178,7 @@ def _combination(outputs: Tensor, model_output: Tensor) -> Tensor:
     columns, target = outputs.detach().double().cpu().flatten(1).T, model_output.detach().double().cpu().flatten()
     # The cut-off leaves branches that agree to rounding one shared weight instead of a fit to the rounding.
     weights = torch.linalg.lstsq(columns, target[:, None], rcond=1e-6, driver="gelsd").solution.flatten()
-    residual = ((columns @ weights - target).norm() / target.norm()).item()
+    residual = ((columns @ weights - target).norm() / target.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
     tolerance = 2e-2 if model_output.dtype in HALF else 1e-4
     if not residual <= tolerance:
         raise ReplayRefused(f"the network outputs do not combine linearly to the model output (residual {residual:.1e})")

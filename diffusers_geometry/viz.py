@@ -1,0 +1,128 @@
+"""Figures drawn from a trace alone; matplotlib is loaded when a figure is asked for, and no global state of it is used."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .storage import write_together
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .trajectory import GeometryTrace
+
+PHASE_COLOURS = {"trivial": "#d9d9d9", "coverage": "#9ecae1", "consolidation": "#fdae6b"}
+_MAP_NAMES = {"denoised": "D'", "score": "score Jacobian", "epsilon": "epsilon Jacobian"}
+
+
+def plot_trace(trace: GeometryTrace, path: str | os.PathLike | None = None, *, sample: int = 0) -> Figure:
+    """Three panels over the run, noise falling from left to right: spectra of D' with the gap, descriptors, phases.
+
+    Args:
+        trace: The run.
+        path: Where to write the figure (any format of matplotlib, by suffix); not written if None.
+        sample: Which sample of the batch.
+
+    Raises:
+        ValueError: no such sample.
+    """
+    from matplotlib.figure import Figure
+
+    batch = len(trace.steps[0].singular_values)
+    if not 0 <= sample < batch:
+        raise ValueError(f"sample={sample}. Expected 0 <= sample < {batch}.")
+    figure = Figure(figsize=(9, 8.5), layout="constrained")
+    grid = figure.add_gridspec(3, 2, height_ratios=(3, 2.2, 0.9), width_ratios=(40, 6))
+    spectra = figure.add_subplot(grid[0, 0])
+    descriptors = figure.add_subplot(grid[1, 0], sharex=spectra)
+    phases = figure.add_subplot(grid[2, 0], sharex=spectra)
+    beside, corner = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[2, 1])
+    beside.axis("off")
+    corner.axis("off")
+    _draw_spectra(spectra, beside.inset_axes((0, 0, 0.22, 1)), trace, sample)
+    _draw_descriptors(descriptors, trace, sample)
+    _draw_phases(phases, trace, sample)
+    _draw_image(corner, trace.images, sample)
+    names = [trace.settings[name] for name in ("pipeline", "scheduler") if name in trace.settings]
+    figure.suptitle(", ".join(names) + ": geometry of the score over one generation", fontsize=12)
+    if path is not None:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png", dpi=140)
+        write_together(Path(path).parent, {Path(path).name: buffer.getvalue()})
+    return figure
+
+
+def _draw_spectra(axes: Axes, colourbar: Axes, trace: GeometryTrace, sample: int) -> None:
+    values = np.stack([step.denoised_singular_values[sample] for step in trace.steps], axis=1)  # (k, steps)
+    top = max(1.0, float(values.max()))
+    image = axes.imshow(
+        values, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=top, interpolation="nearest",
+        extent=(-0.5, len(trace.steps) - 0.5, 0.5, len(values) + 0.5),
+    )  # fmt: skip
+    gaps = np.array([step.gap_dim.value[sample] for step in trace.steps])
+    axes.plot(gaps + 0.5, "o-", color="#e31a1c", markersize=4, linewidth=1.2, label="largest gap")
+    axes.legend(loc="upper left", fontsize=9)
+    axes.set_ylabel("index of singular value")
+    axes.tick_params(labelbottom=False)
+    axes.figure.colorbar(image, cax=colourbar, label="singular value of D'")
+
+
+def _draw_descriptors(axes: Axes, trace: GeometryTrace, sample: int) -> None:
+    position = np.arange(len(trace.steps))
+    name = _MAP_NAMES.get(trace.settings.get("of", "denoised"), "map")
+    handles = [_errorbar(axes, position, [s.local_rank for s in trace.steps], sample, "#1f78b4", "s", f"ν of {name}")]
+    if all(s.effective_dimension is not None for s in trace.steps):
+        estimates = [s.effective_dimension for s in trace.steps]
+        handles.append(_errorbar(axes, position, estimates, sample, "#33a02c", "^", "effective dimension tr D'"))
+    axes.set_ylabel("directions")
+    axes.set_ylim(bottom=0)
+    axes.tick_params(labelbottom=False)
+    right = axes.twinx()
+    handles.append(_errorbar(right, position, [s.local_scaling for s in trace.steps], sample, "#6a3d9a", "o", f"ψ of {name}"))
+    right.set_ylabel("ψ (nats)", color="#6a3d9a")
+    right.tick_params(axis="y", colors="#6a3d9a")
+    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=9, frameon=False)
+    axes.grid(alpha=0.3)
+
+
+def _errorbar(axes: Axes, position: np.ndarray, estimates: list, sample: int, colour: str, marker: str, label: str) -> Any:
+    value = np.array([e.value[sample] for e in estimates])
+    sem = np.nan_to_num(np.array([e.sem[sample] for e in estimates]))
+    return axes.errorbar(position, value, yerr=sem, color=colour, marker=marker, markersize=4, linewidth=1.2, label=label)
+
+
+def _draw_phases(axes: Axes, trace: GeometryTrace, sample: int) -> None:
+    from matplotlib.patches import Patch
+
+    rules = (("gap rule", trace.phases_by_gap), ("eigenvalue rule", trace.phases))
+    for row, (_, phases) in enumerate(rules):
+        colours = [PHASE_COLOURS[str(label)] for label in phases.labels[:, sample]]
+        axes.bar(range(len(colours)), 0.86, width=1.0, bottom=row - 0.43, color=colours)
+    axes.set_yticks(range(len(rules)), [name for name, _ in rules])
+    axes.set_xlim(-0.5, len(trace.steps) - 0.5)
+    shown = range(0, len(trace.steps), math.ceil(len(trace.steps) / 12))
+    axes.set_xticks(shown, [_sigma_label(trace.sigmas[i]) for i in shown])
+    axes.set_xlabel("noise σ at the recorded steps (generation runs to the right)")
+    patches = [Patch(color=colour, label=phase) for phase, colour in PHASE_COLOURS.items()]
+    axes.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=9, frameon=False)
+
+
+def _sigma_label(sigma: float) -> str:
+    return ("∞" if math.isinf(sigma) else f"{sigma:.0f}") if sigma >= 100 else f"{sigma:.2g}"
+
+
+def _draw_image(axes: Axes, images: Any, sample: int) -> None:
+    """The generated image, where the run has made one that can be shown."""
+    if not isinstance(images, (list, np.ndarray)) or sample >= len(images):
+        return
+    image = np.squeeze(np.asarray(images[sample]))
+    if image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (3, 4)):
+        axes.imshow(image, cmap="gray")
+        axes.set_title("sample", fontsize=9)
