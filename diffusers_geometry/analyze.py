@@ -48,7 +48,7 @@ def analyze_geometry(
     phase_resolution: float = 0.1,
     centred: bool = True,
     probe_engine: Engine = "auto",
-    probe_chunk_size: int = 64,
+    probe_chunk_size: int = 32,
     probe_seed: int = 0,
     progress: bool = True,
     **kwargs: Any,

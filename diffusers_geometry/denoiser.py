@@ -153,7 +153,7 @@ class Denoiser:
             return 0.0
         return self.sigma**2 if of == "score" else self.sigma
 
-    def jacobian(self, x_t: Tensor, of: Map = "denoised", *, chunk_size: int = 64) -> Jacobian:
+    def jacobian(self, x_t: Tensor, of: Map = "denoised", *, chunk_size: int = 32) -> Jacobian:
         """The canonical Jacobian at one sample.
 
         Args:

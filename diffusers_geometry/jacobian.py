@@ -13,6 +13,7 @@ there ("Trying to use forward AD with _scaled_dot_product_flash_attention_for_cp
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -78,7 +79,7 @@ class Jacobian:
         x: Tensor,
         *,
         batched_fn: BatchedMap | None = None,
-        chunk_size: int = 64,
+        chunk_size: int = 32,
     ) -> None:
         if x.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"x has dtype {x.dtype}. Expected float32 or float64: derivatives are not taken in less.")
@@ -161,7 +162,10 @@ class Jacobian:
         with torch.enable_grad():
             if self.backend == "vmap_vjp":
                 try:
-                    return require_finite(torch.func.vmap(self._pullback)(stack)[0].detach(), "a reverse product")
+                    with warnings.catch_warnings():
+                        # torch loops over the batch in the backward of flash attention, and it is still the fastest kernel.
+                        warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+                        return require_finite(torch.func.vmap(self._pullback)(stack)[0].detach(), "a reverse product")
                 except RuntimeError as error:
                     self._fall_back(error)
             pull = self._stacked_grad if self.backend == "stacked_grad" else self._looped_grad

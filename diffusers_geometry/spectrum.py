@@ -129,7 +129,7 @@ def perturbation_columns(
     *,
     num_samples: int,
     generator: torch.Generator,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
     """Algorithm 1's columns as rows, f(x + sigma xi_i) / sigma (N, out), and the xi_i, (N, n)."""
     if num_samples < 2 or not sigma > 0:
@@ -194,7 +194,7 @@ def orthonormal_directions(shape: torch.Size, count: int, like: Tensor, generato
 
 
 def central_difference_columns(
-    fn: BatchedMap, x: Tensor, directions: Tensor, step: float, *, chunk_size: int = 64
+    fn: BatchedMap, x: Tensor, directions: Tensor, step: float, *, chunk_size: int = 32
 ) -> tuple[Tensor, Tensor]:
     """(f(x + h v) - f(x - h v)) / 2h as rows (K, out), and the directions (K, n) that floating point really took."""
     ahead, behind = x + step * directions, x - step * directions
