@@ -67,6 +67,8 @@ class Jacobian:
         backend: How reverse products are taken: "vmap_vjp", or after a refusal by torch "stacked_grad" (one stacked
             forward per chunk; needs ``batched_fn``) or "looped_grad" (one forward, one backward per vector).
         fallback_reason: torch's words when ``backend`` is not "vmap_vjp", else None.
+        forward_backend: "vmap_jvp", or "looped_jvp" for a function that cannot run under vmap (it draws random numbers).
+        forward_fallback_reason: torch's words then, else None.
 
     Raises:
         TypeError: ``x`` is in half precision or not floating.
@@ -90,6 +92,8 @@ class Jacobian:
         self.products = 0
         self.backend = "vmap_vjp"
         self.fallback_reason: str | None = None
+        self.forward_backend = "vmap_jvp"
+        self.forward_fallback_reason: str | None = None
         self._value: Tensor | None = None
         self._pullback: Callable[[Tensor], Tensor] | None = None
 
@@ -154,7 +158,7 @@ class Jacobian:
         if isinstance(error, torch.OutOfMemoryError):
             raise error
         self.backend = "looped_grad" if self.batched_fn is None else "stacked_grad"
-        self.fallback_reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        self.fallback_reason = _first_line(error)
 
     def _pull(self, stack: Tensor) -> Tensor:
         """Jᵀ of a stack (K, *out) -> (K, *dims), by the first backend that torch accepts; the choice is remembered."""
@@ -188,4 +192,16 @@ class Jacobian:
             return torch.func.jvp(self.fn, (self.x,), (v,))[1]
 
         with forward_mode(), torch.no_grad():
-            return require_finite(torch.func.vmap(product)(stack), "a forward product")
+            if self.forward_backend == "vmap_jvp":
+                try:
+                    return require_finite(torch.func.vmap(product)(stack), "a forward product")
+                except RuntimeError as error:
+                    if isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    self.forward_backend = "looped_jvp"
+                    self.forward_fallback_reason = _first_line(error)
+            return require_finite(torch.stack([product(v) for v in stack]), "a forward product")
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
