@@ -141,8 +141,7 @@ class Replay:
 
     def _split(self, output: Any, repeats: int, stack: int, batch: int) -> Tensor:
         """A network's output as (repeats, stack, batch, *dims)."""
-        output = getattr(output, "sample", output)
-        output = output[0] if isinstance(output, tuple) else output
+        output = _first_tensor(output)
         output = torch.stack(list(output)) if isinstance(output, list) else output
         if not isinstance(output, Tensor):
             raise ReplayRefused(f"a network returned {type(output).__name__}, not a tensor")
@@ -200,13 +199,21 @@ def may_hold(call: NetworkCall, sample: Tensor) -> bool:
 
 
 def is_duplicated(sample: Tensor, model_output: Tensor, calls: list[NetworkCall]) -> bool:
-    """Whether [x, x] and [o, o] went through the scheduler although the network answered differently for the two halves."""
-    half = len(sample) // 2
-    if len(sample) % 2 or not torch.equal(sample[:half], sample[half:]):
+    """Whether [x, x] and [o, o] went through the scheduler for one x, the halves being two branches of guidance (DiT).
+
+    A batch that happens to hold the same latents twice differs: its halves got the same conditioning, or different outputs.
+    """
+    if len(sample) % 2 or not (_halves_agree(sample) and _halves_agree(model_output)):
         return False
-    if not torch.equal(model_output[:half], model_output[half:]) or not calls:
-        return False
-    output = calls[-1].output
+    seen = [value for call in calls for value in (*call.args, *call.kwargs.values(), _first_tensor(call.output))]
+    return any(isinstance(v, Tensor) and v.ndim > 0 and len(v) == len(sample) and not _halves_agree(v) for v in seen)
+
+
+def _halves_agree(value: Tensor) -> bool:
+    return torch.equal(*value.chunk(2))
+
+
+def _first_tensor(output: Any) -> Any:
+    """What a network predicted: ``.sample``, or the first item of a tuple."""
     output = getattr(output, "sample", output)
-    output = output[0] if isinstance(output, tuple) else output
-    return isinstance(output, Tensor) and len(output) == len(sample) and not torch.equal(output[:half], output[half:])
+    return output[0] if isinstance(output, tuple) else output
