@@ -16,8 +16,12 @@ _HOME = {
     "GeometryDDIMPipeline": "mixin",
     "GeometryDDPMPipeline": "mixin",
     "GeometryDiTPipeline": "mixin",
+    "GeometryFluxPipeline": "mixin",
     "GeometryMixin": "mixin",
+    "GeometryPixArtAlphaPipeline": "mixin",
+    "GeometryStableDiffusion3Pipeline": "mixin",
     "GeometryStableDiffusionPipeline": "mixin",
+    "GeometryStableDiffusionXLPipeline": "mixin",
     "GeometryTrace": "trajectory",
     "Jacobian": "jacobian",
     "Spectrum": "spectrum",
@@ -34,8 +38,12 @@ if TYPE_CHECKING:
     from .mixin import GeometryDDIMPipeline as GeometryDDIMPipeline
     from .mixin import GeometryDDPMPipeline as GeometryDDPMPipeline
     from .mixin import GeometryDiTPipeline as GeometryDiTPipeline
+    from .mixin import GeometryFluxPipeline as GeometryFluxPipeline
     from .mixin import GeometryMixin as GeometryMixin
+    from .mixin import GeometryPixArtAlphaPipeline as GeometryPixArtAlphaPipeline
+    from .mixin import GeometryStableDiffusion3Pipeline as GeometryStableDiffusion3Pipeline
     from .mixin import GeometryStableDiffusionPipeline as GeometryStableDiffusionPipeline
+    from .mixin import GeometryStableDiffusionXLPipeline as GeometryStableDiffusionXLPipeline
     from .mixin import with_geometry as with_geometry
     from .spectrum import Spectrum as Spectrum
     from .stochastic import Estimate as Estimate

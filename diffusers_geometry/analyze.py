@@ -36,6 +36,7 @@ MAX_DENSE = 4096  # inputs; a float32 matrix of 64 MiB
 
 def analyze_geometry(
     pipe: Any,
+    /,
     *args: Any,
     record_steps: int | Sequence[int] | Literal["all"] = 10,
     spectrum: SpectrumMethod = "auto",

@@ -84,7 +84,6 @@ def load_pipeline(model: str | None, dtype: str = "float32", device: str = "cpu"
         raise UsageError(f"{name} holds no pipeline. Expected a folder with a model_index.json, as save_pretrained writes it.")
     import diffusers
     import torch
-    from huggingface_hub.errors import HFValidationError
 
     from .mixin import with_geometry
 
@@ -94,12 +93,15 @@ def load_pipeline(model: str | None, dtype: str = "float32", device: str = "cpu"
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(name, torch_dtype=dtypes[dtype], use_safetensors=True)
-        return with_geometry(pipe.to(torch.device(device)))
-    except HFValidationError:
-        raise UsageError(f"no model {name!r}. Expected an existing folder or a Hub id such as org/name.") from None
+        pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtypes[dtype], use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"cannot load {name!r}: {_one_line(error)}") from error
+        if Path(name).exists():
+            raise UsageError(f"cannot load the pipeline in {name}: {_one_line(error)}") from error
+        raise UsageError(
+            f"no model {name!r}: it is not a folder, and the Hub did not give it ({_one_line(error).split(': ')[-1][:160]}). "
+            "Expected an existing folder or a Hub id such as org/name."
+        ) from error
+    return with_geometry(pipe.to(torch.device(device)))
 
 
 def _call_arguments(
