@@ -194,7 +194,7 @@ def _images(output: Any) -> Any:
 def _provenance(pipe: Any) -> dict[str, Any]:
     return {
         "pipeline": next((c.__name__ for c in type(pipe).__mro__ if c.__module__.startswith("diffusers.")), type(pipe).__name__),
-        "model": getattr(pipe, "name_or_path", None) or None,
+        "model": str(getattr(pipe, "name_or_path", None) or "") or None,
         "scheduler": type(pipe.scheduler).__name__,
         "diffusers_geometry": __version__,
         "diffusers": diffusers.__version__,

@@ -31,8 +31,7 @@ def main() -> None:
     train, labels, held_out, held_out_labels = (t.flatten(1).numpy() if t.ndim > 1 else t.numpy() for t in digits_split())
     classifier = MLPClassifier((64,), alpha=1e-2, max_iter=1000, random_state=0).fit(train, labels)
     pipe = DDPMPipeline.from_pretrained(args.model, use_safetensors=True)
-    generator = torch.Generator().manual_seed(0)
-    images = pipe(args.samples, generator, num_inference_steps=args.steps, output_type="np").images
+    images = pipe(args.samples, torch.Generator().manual_seed(0), num_inference_steps=args.steps, output_type="np").images
     generated = images.reshape(args.samples, -1) * 2 - 1
     confidence = classifier.predict_proba(generated)
     real, made = (np.maximum(x @ classifier.coefs_[0] + classifier.intercepts_[0], 0) for x in (held_out, generated))

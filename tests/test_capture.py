@@ -292,8 +292,15 @@ def test_a_network_that_cuts_its_gradient_is_noticed():
 
 @pytest.mark.parametrize(
     ("steps", "total", "positions"),
-    [(3, 7, [0, 3, 6]), (1, 7, [0]), (10, 3, [0, 1, 2]), ("all", 4, [0, 1, 2, 3]), ([0, -1, 2], 5, [0, 2, 4]), (range(2), 5, [0, 1])],
-)  # fmt: skip
+    [
+        (3, 7, [0, 3, 6]),
+        (1, 7, [0]),
+        (10, 3, [0, 1, 2]),
+        ("all", 4, [0, 1, 2, 3]),
+        ([0, -1, 2], 5, [0, 2, 4]),
+        (range(2), 5, [0, 1]),
+    ],
+)
 def test_choice_of_steps(steps, total, positions):
     assert resolve_steps(steps, total) == positions
     assert resolve_steps(steps, total, 2) == [p + 2 for p in positions]

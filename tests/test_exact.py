@@ -67,7 +67,9 @@ def test_value_of_the_theory_at_the_saddle():
 
 def test_mixture_against_brute_force_posterior():
     means, weights = randn(3, 2) * 2, torch.tensor([0.2, 0.5, 0.3])
-    covariances = torch.stack([torch.diag(torch.tensor([0.5, 0.0])), 0.3 * torch.eye(2), torch.diag(torch.tensor([0.0, 0.7]))]).double()
+    covariances = torch.stack(
+        [torch.diag(torch.tensor([0.5, 0.0])), 0.3 * torch.eye(2), torch.diag(torch.tensor([0.0, 0.7]))]
+    ).double()
     alpha_t, sigma_t, x_t = 0.8, 0.6, torch.tensor([[0.3, -0.4]], dtype=torch.float64)
     found = MixtureDenoiser(means, covariances, weights).at(alpha_t, sigma_t).denoised(x_t)[0]
     generator, parts, masses = torch.Generator().manual_seed(3), [], []
@@ -100,7 +102,10 @@ def test_sphere_is_finite_and_differentiable_at_every_noise(dim):
     """Large orders underflow in the Bessel functions; a central difference is the independent witness."""
     for sigma in (1e-3, 0.1, 1.0, 30.0):
         denoiser = SphereDenoiser(dim).at(1.0, sigma)
-        x_t, direction = torch.nn.functional.normalize(randn(dim), dim=0) * 1.1, torch.nn.functional.normalize(randn(dim, seed=1), dim=0)
+        x_t, direction = (
+            torch.nn.functional.normalize(randn(dim), dim=0) * 1.1,
+            torch.nn.functional.normalize(randn(dim, seed=1), dim=0),
+        )
         h = 1e-4 * min(sigma, 1.0)
         ahead, behind = denoiser.denoised(torch.stack([x_t + h * direction, x_t - h * direction]))
         product = denoiser.jacobian(x_t).jvp(direction)

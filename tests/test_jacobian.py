@@ -148,7 +148,7 @@ def test_every_map_of_every_prediction_is_the_same_denoiser(prediction_type, of)
     found = denoiser.jacobian(x_t, of).dense()
     torch.testing.assert_close(found, torch.diag(expected))
     torch.testing.assert_close(denoiser.as_denoised(found, torch.eye(3).double(), of), torch.diag(denoised))
-    score = -alpha_t**0 * x_t / (alpha_t**2 * variances + sigma_t**2)
+    score = -(alpha_t**0) * x_t / (alpha_t**2 * variances + sigma_t**2)
     torch.testing.assert_close(denoiser.score(x_t[None])[0], score)
     torch.testing.assert_close(denoiser.epsilon(x_t[None])[0], -sigma_t * score)
 

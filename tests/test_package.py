@@ -11,7 +11,19 @@ import pytest
 import diffusers_geometry
 
 PACKAGE = Path(diffusers_geometry.__file__).parent
-NUMERICAL = ["jacobian", "denoiser", "exact", "stochastic", "spectrum", "descriptors", "dimension", "phases", "storage", "trajectory", "viz"]
+NUMERICAL = [
+    "jacobian",
+    "denoiser",
+    "exact",
+    "stochastic",
+    "spectrum",
+    "descriptors",
+    "dimension",
+    "phases",
+    "storage",
+    "trajectory",
+    "viz",
+]
 HOST = ["bundled", "schedule", "precision", "drive", "replay", "recorded_step", "capture", "analyze", "mixin", "selfcheck", "cli"]
 STREET = NUMERICAL + HOST
 # Drawn when it is asked for: a trace knows how to plot itself without loading matplotlib.

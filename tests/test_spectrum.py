@@ -183,9 +183,7 @@ def test_perturbation_values_compare_with_dense_ones_and_carry_error_bars():
     exact = GaussianDenoiser(torch.diag(variances)).at(0.8, 0.6)
     clean = randn(4).double()
     truth = dense_spectrum(exact.jacobian(0.8 * clean))
-    columns, xi = perturbation_columns(
-        exact.canonical_map("denoised"), 0.8 * clean, 0.6, num_samples=4000, generator=seeded(1)
-    )
+    columns, xi = perturbation_columns(exact.canonical_map("denoised"), 0.8 * clean, 0.6, num_samples=4000, generator=seeded(1))
     found = perturbation_spectrum(columns, xi)
     assert found.products == 4000
     deviation = (found.singular_values - truth.singular_values) / found.singular_value_sems

@@ -220,7 +220,9 @@ def test_a_large_dimension_is_refused_with_a_way_out():
     pipe = with_geometry(ddpm_pipeline(size=72))
     with pytest.raises(ValueError, match=r"d=5184 takes 5184 products.*central_difference"):
         pipe.analyze_geometry(num_inference_steps=2, record_steps=[0], progress=False)
-    found = pipe.analyze_geometry(num_inference_steps=2, record_steps=[0], progress=False, spectrum="central_difference", max_products=6)
+    found = pipe.analyze_geometry(
+        num_inference_steps=2, record_steps=[0], progress=False, spectrum="central_difference", max_products=6
+    )
     assert found.steps[0].singular_values.shape == (1, 6)
     assert np.isnan(found.steps[0].local_scaling.sem).all()
     assert found.steps[0].effective_dimension is None

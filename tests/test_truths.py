@@ -162,7 +162,9 @@ def test_transformer_with_learned_variance_and_duplicated_batch():
     pipe = dit_pipeline()
     exact = LinearManifoldDenoiser(torch.linalg.qr(randn(256, 8, seed=1))[0], VARIANCES)
     pipe.transformer = exact_network(exact, pipe.scheduler, like=pipe.transformer)
-    trace = with_geometry(pipe).analyze_geometry(**dit_call(num_inference_steps=20), record_steps=4, progress=False, generator=seeded())
+    trace = with_geometry(pipe).analyze_geometry(
+        **dit_call(num_inference_steps=20), record_steps=4, progress=False, generator=seeded()
+    )
     for step in trace.steps:
         assert step.singular_values.shape == (1, 256)
         assert np.abs(step.singular_values[0, :8] - kept(step.sigma)[:8]).max() < 1e-4

@@ -1,0 +1,1 @@
+from diffusers_geometry.mixin import GeometryDDPMPipeline  # noqa: F401

@@ -1,0 +1,1 @@
+from diffusers_geometry.mixin import GeometryDiTPipeline  # noqa: F401

@@ -1,0 +1,1 @@
+from diffusers_geometry.mixin import GeometryStableDiffusion3Pipeline  # noqa: F401
