@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,6 +126,6 @@ def test_help_is_quick_and_loads_neither_torch_nor_diffusers():
 
 
 def test_module_and_console_script_are_the_same():
-    for command in ([sys.executable, "-m", "diffusers_geometry"], ["hf-geometry"]):
+    for command in ([sys.executable, "-m", "diffusers_geometry"], [Path(sys.executable).parent / "hf-geometry"]):
         done = subprocess.run([*command, "analyze", "--help"], capture_output=True, text=True, check=True)
         assert "--record-steps" in done.stdout
