@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Denoiser": "denoiser",
-    "Estimate": "stochastic",
+    "Estimate": "estimate",
     "GeometryDDIMPipeline": "mixin",
     "GeometryDDPMPipeline": "mixin",
     "GeometryDiTPipeline": "mixin",
@@ -34,6 +34,7 @@ __all__ = [*_HOME, "__version__"]
 if TYPE_CHECKING:
     from .capture import record as record
     from .denoiser import Denoiser as Denoiser
+    from .estimate import Estimate as Estimate
     from .jacobian import Jacobian as Jacobian
     from .mixin import GeometryDDIMPipeline as GeometryDDIMPipeline
     from .mixin import GeometryDDPMPipeline as GeometryDDPMPipeline
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
     from .mixin import GeometryStableDiffusionXLPipeline as GeometryStableDiffusionXLPipeline
     from .mixin import with_geometry as with_geometry
     from .spectrum import Spectrum as Spectrum
-    from .stochastic import Estimate as Estimate
     from .trajectory import GeometryTrace as GeometryTrace
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .drive import Drive, PipelineCall, own_output
-from .jacobian import require_finite
+from .difference import require_finite
 from .recorded_step import Engine, RecordedStep
 from .replay import NetworkCall, is_duplicated, may_hold
 from .schedule import loop_position, noise_level, scheduler_family

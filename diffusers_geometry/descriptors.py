@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .spectrum import Spectrum
-from .stochastic import Estimate
+from .estimate import Estimate
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .spectrum import Spectrum
-from .stochastic import Estimate
+from .estimate import Estimate
 
 
 def spectral_gaps(spectrum: Spectrum) -> Tensor:

@@ -7,6 +7,10 @@ one forward pass, then ``vmap`` over stacked cotangents, about 1.1 to 1.4 plain 
 Nothing here knows of diffusion. Forward products need attention in plain arithmetic and contiguous group norms; both are
 arranged by :func:`forward_mode`, scoped to the product, so that no process-wide switch is left turned.
 
+A black box without gradients (an ONNX session, a compiled engine, a remote call) has Jv by central differences
+(:mod:`.difference`) and no Jᵀu: reverse products are refused, unless the user states that J is symmetric, as the Jacobian of an
+exact score is and that of a trained network nearly.
+
 Modes and costs measured on diffusers networks: reverse products work with the default attention kernels; forward mode fails
 there ("Trying to use forward AD with _scaled_dot_product_flash_attention_for_cpu that does not support it").
 """
@@ -16,14 +20,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-BatchedMap = Callable[[Tensor], Tensor]
+from .difference import BatchedMap, central_difference_columns, choose_step, require_finite
+
+Derivative = Literal["autograd", "difference"]
+DENSE_BLOCK = 256  # rows of the identity made at once by dense()
 
 
 class _ContiguousGroupNorm(TorchFunctionMode):
@@ -42,33 +49,28 @@ def forward_mode() -> Iterator[None]:
         yield
 
 
-def require_finite(value: Tensor, what: str) -> Tensor:
-    """Returns ``value``; raises FloatingPointError when it holds NaN or infinity, naming ``what``."""
-    if not torch.isfinite(value).all():
-        bad = int((~torch.isfinite(value)).sum())
-        raise FloatingPointError(
-            f"{what} has {bad} non-finite entries of {value.numel()}. Expected finite values: check the weights, "
-            "the dtype (half precision overflows) and the input of the network."
-        )
-    return value
-
-
 class Jacobian:
-    """J = df/dx of ``fn`` at ``x``, exact (automatic differentiation), counting its products.
+    """J = df/dx of ``fn`` at ``x``, as products that are counted; exact, or by differences for a black box.
 
     Args:
         fn: Maps one point (*dims) to one output (*out). Must be deterministic.
         x: The point, shape (*dims), floating, at least float32.
-        batched_fn: The same map on a stack, (K, *dims) -> (K, *out); lets the fallback share forward passes.
-        chunk_size: Products taken at once in :meth:`dense` and for stacks.
+        batched_fn: The same map on a stack, (K, *dims) -> (K, *out); lets fallback and differences share forward passes.
+        chunk_size: Products taken at once in :meth:`dense` and for stacks; halved when memory runs out.
+        derivative: "autograd" (exact), or "difference" for a function that gives no gradients.
+        symmetric: States that J is symmetric, so that differences may stand in for reverse products.
+        scale: Length in x on which J changes, for the difference step; the noise sigma_t for a denoiser.
+        generator: Directions along which the difference step is chosen; a fixed seed by default.
 
     Attributes:
-        products: Products spent so far (each vector of a stack is one).
-        backend: How reverse products are taken: "vmap_vjp", or after a refusal by torch "stacked_grad" (one stacked
-            forward per chunk; needs ``batched_fn``) or "looped_grad" (one forward, one backward per vector).
-        fallback_reason: torch's words when ``backend`` is not "vmap_vjp", else None.
+        products: Products spent so far (each vector of a stack is one; a central difference is one).
+        backend: How products are taken: "vmap_vjp", or after a refusal by torch "stacked_grad" (one stacked
+            forward per chunk; needs ``batched_fn``) or "looped_grad" (one forward, one backward per vector); "difference".
+        fallback_reason: torch's words when ``backend`` is a refusal's, else None.
         forward_backend: "vmap_jvp", or "looped_jvp" for a function that cannot run under vmap (it draws random numbers).
         forward_fallback_reason: torch's words then, else None.
+        chunk_reductions: How often the chunk size was halved because memory ran out.
+        step: The difference step h, and ``step_error`` the estimated error of one column it leaves; None and 0 for autograd.
 
     Raises:
         TypeError: ``x`` is in half precision or not floating.
@@ -82,18 +84,27 @@ class Jacobian:
         *,
         batched_fn: BatchedMap | None = None,
         chunk_size: int = 32,
+        derivative: Derivative = "autograd",
+        symmetric: bool = False,
+        scale: float = 1.0,
+        generator: torch.Generator | None = None,
     ) -> None:
         if x.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"x has dtype {x.dtype}. Expected float32 or float64: derivatives are not taken in less.")
         if chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size}. Expected at least 1.")
+        if derivative not in get_args(Derivative):
+            raise ValueError(f"derivative={derivative!r}. Expected one of {get_args(Derivative)}.")
         self.fn, self.batched_fn, self.chunk_size = fn, batched_fn, chunk_size
+        self.derivative, self.symmetric, self.scale, self._generator = derivative, symmetric, scale, generator
         self.x = x.detach().clone()
-        self.products = 0
-        self.backend = "vmap_vjp"
+        self.products = self.chunk_reductions = 0
+        self.backend = "vmap_vjp" if derivative == "autograd" else "difference"
         self.fallback_reason: str | None = None
-        self.forward_backend = "vmap_jvp"
+        self.forward_backend = "vmap_jvp" if derivative == "autograd" else "difference"
         self.forward_fallback_reason: str | None = None
+        self.step: float | None = None
+        self.step_error = 0.0
         self._value: Tensor | None = None
         self._pullback: Callable[[Tensor], Tensor] | None = None
 
@@ -109,60 +120,92 @@ class Jacobian:
         """(m, n): number of outputs, number of inputs."""
         return self.value.numel(), self.x.numel()
 
+    @property
+    def has_reverse(self) -> bool:
+        """Whether :meth:`vjp` works."""
+        return self.derivative == "autograd" or self.symmetric
+
     def vjp(self, u: Tensor) -> Tensor:
-        """Jᵀu for u of shape (*out), or for a stack (K, *out); returns (*dims) or (K, *dims)."""
-        stack, single = self._stack(u, self.value.shape, "u")
-        result = torch.cat([self._pull(chunk) for chunk in stack.split(self.chunk_size)])
-        return result[0] if single else result
+        """Jᵀu for u of shape (*out), or for a stack (K, *out); returns (*dims) or (K, *dims).
+
+        Raises:
+            TypeError: a black box that was not stated to be symmetric.
+        """
+        if not self.has_reverse:
+            raise TypeError(
+                "a black box (derivative='difference') has no reverse products. Expected a method that takes forward products "
+                "only (dense, central_difference, a trace), or symmetric=True where you know that J is symmetric."
+            )
+        return self._in_chunks(self._pull if self.derivative == "autograd" else self._differ, u, self.value.shape, "u")
 
     def jvp(self, v: Tensor) -> Tensor:
         """Jv for v of shape (*dims), or for a stack (K, *dims); returns (*out) or (K, *out)."""
-        stack, single = self._stack(v, self.x.shape, "v")
-        result = torch.cat([self._push(chunk) for chunk in stack.split(self.chunk_size)])
-        return result[0] if single else result
+        return self._in_chunks(self._push if self.derivative == "autograd" else self._differ, v, self.x.shape, "v")
 
     def dense(self) -> Tensor:
-        """J as a matrix (m, n), by as many products as its smaller side."""
+        """J as a matrix (m, n), by as many products as its smaller side (its inputs, for a black box)."""
         outputs, inputs = self.shape
-        reverse = outputs <= inputs
+        reverse = outputs <= inputs and self.derivative == "autograd"
         size, shape = (outputs, self.value.shape) if reverse else (inputs, self.x.shape)
         rows = []
-        for start in range(0, size, self.chunk_size):
-            count = min(self.chunk_size, size - start)
+        for start in range(0, size, DENSE_BLOCK):
+            count = min(DENSE_BLOCK, size - start)
             basis = torch.zeros(count, size, dtype=self.x.dtype, device=self.x.device)
             basis[torch.arange(count), torch.arange(start, start + count)] = 1
             basis = basis.reshape(count, *shape)
-            rows.append((self._pull(basis) if reverse else self._push(basis)).flatten(1))
+            rows.append((self.vjp(basis) if reverse else self.jvp(basis)).flatten(1))
         matrix = torch.cat(rows)
         return matrix if reverse else matrix.T
 
-    def _stack(self, vector: Tensor, shape: torch.Size, name: str) -> tuple[Tensor, bool]:
-        single = vector.shape == shape
-        stack = vector[None] if single else vector
+    def _in_chunks(self, product: Callable[[Tensor], Tensor], vectors: Tensor, shape: torch.Size, name: str) -> Tensor:
+        """``product`` over a stack or one vector, in chunks that are halved when memory runs out."""
+        single = vectors.shape == shape
+        stack = vectors[None] if single else vectors
         if stack.shape[1:] != shape or stack.ndim != len(shape) + 1:
-            raise ValueError(f"{name} has shape {tuple(vector.shape)}. Expected {tuple(shape)} or (K, *{tuple(shape)}).")
-        return stack.to(self.x), single
+            raise ValueError(f"{name} has shape {tuple(vectors.shape)}. Expected {tuple(shape)} or (K, *{tuple(shape)}).")
+        stack, results, start = stack.to(self.x), [], 0
+        while start < len(stack):
+            chunk = stack[start : start + self.chunk_size]
+            try:
+                results.append(product(chunk))
+            except RuntimeError as error:
+                self._shrink(error, len(chunk))
+                continue
+            self.products += len(chunk)
+            start += len(chunk)
+        result = torch.cat(results) if results else product(stack)
+        return result[0] if single else result
+
+    def _shrink(self, error: RuntimeError, size: int) -> None:
+        """Halves the chunk size after running out of memory, and says so; raises ``error`` if that is not what happened."""
+        if not _is_out_of_memory(error) or size == 1:
+            raise error
+        self.chunk_size, before = max(1, size // 2), self.chunk_size
+        self.chunk_reductions += 1
+        warnings.warn(f"out of memory with chunk_size={before}; going on with {self.chunk_size}.", stacklevel=4)
 
     def _linearise(self) -> None:
-        """One forward pass, kept for all reverse products; a plain one where torch refuses."""
-        try:
-            with torch.enable_grad():
-                value, self._pullback = torch.func.vjp(self.fn, self.x)
-        except RuntimeError as error:
-            self._fall_back(error)
+        """One forward pass, kept for all reverse products; a plain one where torch refuses or there are none."""
+        value = None
+        if self.derivative == "autograd":
+            try:
+                with torch.enable_grad():
+                    value, self._pullback = torch.func.vjp(self.fn, self.x)
+            except RuntimeError as error:
+                self._fall_back(error)
+        if value is None:
             with torch.no_grad():
                 value = self.fn(self.x)
         self._value = require_finite(value.detach().clone(), "the function at x")
 
     def _fall_back(self, error: RuntimeError) -> None:
-        if isinstance(error, torch.OutOfMemoryError):
+        if _is_out_of_memory(error):
             raise error
         self.backend = "looped_grad" if self.batched_fn is None else "stacked_grad"
         self.fallback_reason = _first_line(error)
 
     def _pull(self, stack: Tensor) -> Tensor:
         """Jᵀ of a stack (K, *out) -> (K, *dims), by the first backend that torch accepts; the choice is remembered."""
-        self.products += len(stack)
         with torch.enable_grad():
             if self.backend == "vmap_vjp":
                 try:
@@ -186,7 +229,6 @@ class Jacobian:
 
     def _push(self, stack: Tensor) -> Tensor:
         """J of a stack (K, *dims) -> (K, *out): vmap over tangents, the primal computed once."""
-        self.products += len(stack)
 
         def product(v: Tensor) -> Tensor:
             return torch.func.jvp(self.fn, (self.x,), (v,))[1]
@@ -196,11 +238,27 @@ class Jacobian:
                 try:
                     return require_finite(torch.func.vmap(product)(stack), "a forward product")
                 except RuntimeError as error:
-                    if isinstance(error, torch.OutOfMemoryError):
+                    if _is_out_of_memory(error):
                         raise
                     self.forward_backend = "looped_jvp"
                     self.forward_fallback_reason = _first_line(error)
             return require_finite(torch.stack([product(v) for v in stack]), "a forward product")
+
+    def _differ(self, stack: Tensor) -> Tensor:
+        """J of a stack by central differences along the normalised vectors."""
+        batched = self.batched_fn or (lambda points: torch.stack([self.fn(p) for p in points]))
+        if self.step is None:
+            generator = self._generator or torch.Generator().manual_seed(0)
+            self.step, self.step_error = choose_step(batched, self.x, scale=self.scale, generator=generator)
+        lengths = stack.flatten(1).norm(dim=1).reshape(-1, *[1] * self.x.ndim)
+        directions = stack / lengths.clamp_min(torch.finfo(stack.dtype).tiny)
+        columns, _ = central_difference_columns(batched, self.x, directions, self.step, chunk_size=self.chunk_size)
+        return columns.reshape(len(stack), *self.value.shape) * lengths.reshape(-1, *[1] * self.value.ndim)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """Accelerators raise OutOfMemoryError; the CPU's allocator a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .drive import Drive
-from .jacobian import Jacobian, require_finite
+from .difference import require_finite
+from .jacobian import Jacobian
 from .precision import HALF, ProbeWeights, to_float32
 from .replay import NetworkCall, Replay, ReplayRefused
 from .schedule import NoiseLevel

@@ -1,30 +1,38 @@
-"""Singular values of a Jacobian: dense, or by the two algorithms of arXiv:2410.05898 that need only function values.
+"""Singular values of a Jacobian: dense, by block Golub-Kahan, or by the randomised range finder.
 
 Dense: the matrix by automatic differentiation, then its singular values in float64. Exact; min(m, n) products.
 
-Algorithm 1 (perturbation): columns f(x + sigma xi_i), xi_i ~ N(0, I), i = 1..N, centred and divided by sigma sqrt(N). For an
-affine f with matrix J the columns are J xi_i / sqrt(N), so values compare with the dense ones, with a Marchenko-Pastur spread:
-a k-fold value s becomes the range s (1 ± sqrt(k/N)). Uncentred columns contain the mean of f as a spurious extra direction.
+Golub-Kahan (Golub, Luk and Overton, 1981, "A block Lanczos method for computing the singular values"): orthonormal bases U, V of
+the block Krylov space of JᵀJ, fully reorthogonalised, so that J V = U B, and the largest singular values theta of the small B with
+u = U p, v = V q approach those of J. J v = theta u holds by construction; what is left of Jᵀu - theta v is the residual r:
 
-Algorithm 2 (central differences): columns (f(x + h v_i) - f(x - h v_i)) / 2h along orthonormal v_i. With fewer than n
-directions these are the values of J V, which interlace those of J from below. The error of a column is about
-noise/(sqrt(2) h) + h² M3/6: rounding noise is measured from a difference table (Moré and Wild, 2011, "Estimating
-computational noise") and the curvature term from halving h, and h is chosen where their sum is least.
+    some singular value of J lies within r of theta          (always; the bound)
+    |s - theta| <= r² / (theta - largest unwanted value)     (when the wanted values are found; the estimate)
+
+A value that occurs more often than there were starting directions cannot show all its copies in a Krylov space: as soon as all
+copies in sight are as many as the starting directions, or the space closes, fresh directions are added.
+
+Randomised (as arXiv:2408.08307 projects, after Halko, Martinsson and Tropp, 2011): Q = orth(J Omega), values of QᵀJ. They lie below
+those of J by at most |(I - QQᵀ)J|, which is bounded from fresh probes (their equation 4.3).
+
+Methods that need function values only are in :mod:`.function_values`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .jacobian import BatchedMap, Jacobian, require_finite
-from .stochastic import Estimate, jackknife_sem
+from .difference import require_finite
+from .estimate import Estimate, jackknife_sem
+from .jacobian import Jacobian
 
-JACKKNIFE_GROUPS = 10
+CERTIFYING_PROBES = 5  # of the randomised bound, which fails with probability 10^-5
 
 
 @dataclass(frozen=True)
@@ -34,15 +42,21 @@ class Spectrum:
     Attributes:
         singular_values: Descending, float64 on the CPU, shape (k,).
         shape: (m, n).
-        method: "dense", "perturbation" or "central_difference".
+        method: "dense", "golub_kahan", "randomized", "perturbation" or "central_difference".
         products: Products spent; one function value (perturbation) or one central difference counts as one.
         complete: Whether these are all min(m, n) values of J itself.
+        restricted: Whether these are values of J restricted to random directions, which say little of each one of J's.
+        bounds: Largest error that is not statistical of each value, shape (k,); None for zero.
+        errors: Estimate of that error, at most ``bounds``, shape (k,); None where it is the bound.
+        converged: Whether each value met the method's tolerance, shape (k,); None for all.
         eigenvalues: Of the symmetric part, descending, shape (n,), for a square matrix in hand; else None.
         asymmetry: |J - Jᵀ|_F / |J + Jᵀ|_F for a square matrix in hand; else None.
         trace: tr J of a square J, else None.
         replicates: Singular values with one group of random samples left out, shape (groups, k); None if not random.
-        bound: Estimated largest error of a singular value that is not statistical; 0 for dense.
         step: The difference step h, for central differences.
+        left: Left singular vectors u of the non-zero values as columns, shape (m, k), where asked for; J v = s u in sign too.
+        right: Right singular vectors v, shape (n, k).
+        details: What the method did: block size, why it stopped.
     """
 
     singular_values: Tensor
@@ -50,31 +64,48 @@ class Spectrum:
     method: str
     products: int
     complete: bool = True
+    restricted: bool = False
+    bounds: Tensor | None = None
+    errors: Tensor | None = None
+    converged: Tensor | None = None
     eigenvalues: Tensor | None = None
     asymmetry: float | None = None
     trace: Estimate | None = None
     replicates: Tensor | None = None
-    bound: float = 0.0
     step: float | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
     def estimate(self, function: Callable[[Tensor], float]) -> Estimate:
-        """A functional of the singular values with what is known of its error.
+        """A functional of the singular values *in hand* with what is known of its error.
 
-        The standard error comes from the jackknife replicates (0 for a matrix in hand, None for a restriction to random
-        directions); the bias from shifting all values by ± ``bound`` (None for the perturbation method, whose
-        Marchenko-Pastur spread is not corrected).
+        The standard error comes from the jackknife replicates (0 where nothing is random); the bias from shifting all values
+        up and down by ``errors``. None stands for not known: the sem of a restriction to random directions, the bias of that
+        and of the perturbation method, whose Marchenko-Pastur spread is not corrected.
         """
-        values = self.singular_values
-        value, sem, bias = function(values), 0.0, 0.0
+        values, sem = self.singular_values, 0.0
+        value = function(values)
         if self.replicates is not None:
             sem, bias = jackknife_sem([function(r) for r in self.replicates]), None
-        elif self.bound > 0:
-            shifted = (function(values + self.bound), function((values - self.bound).clamp_min(0)))
-            bias = max(abs(s - value) for s in shifted)
-        if not self.complete:
-            sem = None if self.replicates is None else sem
-            bias = None
-        return Estimate(value, sem, bias, converged=self.complete and bias is not None, products=self.products)
+        elif self.restricted:
+            sem, bias = None, None
+        else:
+            bias = self._largest_change(function, value)
+        converged = bias is not None and (self.converged is None or bool(self.converged.all()))
+        return Estimate(value, sem, bias, converged, self.products)
+
+    def _largest_change(self, function: Callable[[Tensor], float], value: float) -> float:
+        shift = self.bounds if self.errors is None else self.errors
+        if shift is None or not shift.any():
+            return 0.0
+        shifted = (self.singular_values + shift, (self.singular_values - shift).clamp_min(0))
+        return max(abs(function(values.sort(descending=True).values) - value) for values in shifted)
+
+    @property
+    def bound(self) -> float:
+        """The largest of ``bounds``; 0 where there is none."""
+        return 0.0 if self.bounds is None else self.bounds.max().item()
 
     @property
     def singular_value_sems(self) -> Tensor:
@@ -86,7 +117,7 @@ class Spectrum:
 
 
 def matrix_spectrum(matrix: Tensor, *, method: str, products: int, bound: float = 0.0, step: float | None = None) -> Spectrum:
-    """The spectrum of a matrix in hand, shape (m, n), in float64."""
+    """The spectrum of a matrix in hand, shape (m, n), in float64; ``bound`` is the error of its spectral norm."""
     matrix = require_finite(matrix.detach().cpu().double(), "the Jacobian")
     square = matrix.shape[0] == matrix.shape[1]
     eigenvalues = asymmetry = trace = None
@@ -95,174 +126,278 @@ def matrix_spectrum(matrix: Tensor, *, method: str, products: int, bound: float 
         even, odd = (matrix + matrix.T).norm().item(), (matrix - matrix.T).norm().item()
         asymmetry = odd / even if even > 0 else (math.inf if odd > 0 else 0.0)
         trace = Estimate(matrix.trace().item(), bias=bound * math.sqrt(len(matrix)), products=products)
+    values = torch.linalg.svdvals(matrix)
     return Spectrum(
-        torch.linalg.svdvals(matrix),
+        values,
         tuple(matrix.shape),
         method,
         products,
+        bounds=torch.full_like(values, bound) if bound else None,
         eigenvalues=eigenvalues,
         asymmetry=asymmetry,
         trace=trace,
-        bound=bound,
         step=step,
     )
 
 
 def dense_spectrum(jacobian: Jacobian) -> Spectrum:
-    """All singular values from the dense Jacobian; exact, min(m, n) products."""
+    """All singular values from the dense Jacobian; exact for an automatic derivative; min(m, n) products."""
     before = jacobian.products
     matrix = jacobian.dense()
-    return matrix_spectrum(matrix, method="dense", products=jacobian.products - before)
+    bound = jacobian.step_error * math.sqrt(min(matrix.shape))
+    return matrix_spectrum(matrix, method="dense", products=jacobian.products - before, bound=bound, step=jacobian.step)
 
 
-def evaluate(fn: BatchedMap, points: Tensor, chunk_size: int) -> Tensor:
-    """``fn`` on a stack (K, *dims) in chunks, without gradients, flat and finite: (K, out)."""
-    with torch.no_grad():
-        values = torch.cat([fn(chunk).flatten(1) for chunk in points.split(chunk_size)])
-    return require_finite(values, "the function")
+def golub_kahan_memory(shape: tuple[int, int], products: int, block_size: int = 4) -> int:
+    """Bytes that the two bases of :func:`golub_kahan_spectrum` take (float64, on the CPU)."""
+    columns = min(products // 2 + 2 * block_size, min(shape))
+    return 8 * columns * (sum(shape) + 2 * columns)
 
 
-def perturbation_columns(
-    fn: BatchedMap,
-    x: Tensor,
-    sigma: float,
+def golub_kahan_spectrum(
+    jacobian: Jacobian,
+    num_singular_values: int,
+    tol: float = 1e-3,
+    max_products: int | None = None,
     *,
-    num_samples: int,
-    generator: torch.Generator,
-    chunk_size: int = 32,
-) -> tuple[Tensor, Tensor]:
-    """Algorithm 1's columns as rows, f(x + sigma xi_i) / sigma (N, out), and the xi_i, (N, n)."""
-    if num_samples < 2 or not sigma > 0:
-        raise ValueError(f"num_samples={num_samples}, sigma={sigma}. Expected num_samples >= 2 and sigma > 0.")
-    xi = torch.randn(num_samples, *x.shape, generator=generator, dtype=x.dtype, device=generator.device).to(x.device)
-    return evaluate(fn, x + sigma * xi, chunk_size) / sigma, xi.flatten(1)
-
-
-def perturbation_spectrum(columns: Tensor, xi: Tensor, *, centred: bool = True) -> Spectrum:
-    """Algorithm 1: singular values of [f(x + sigma xi_i) / sigma]_i / sqrt(N).
+    block_size: int = 4,
+    generator: torch.Generator | None = None,
+    vectors: bool = False,
+) -> Spectrum:
+    """The largest singular values, by block Golub-Kahan with full reorthogonalisation.
 
     Args:
-        columns: f(x + sigma xi_i) / sigma, one a row, shape (N, m), from :func:`perturbation_columns`.
-        xi: The perturbations, shape (N, n).
-        centred: Subtract the mean column (the published algorithm does not; see the module docstring).
+        jacobian: Products with J and Jᵀ.
+        num_singular_values: k, at most min(m, n).
+        tol: A value has converged when min(r, r² / gap to the unwanted values) <= tol theta.
+        max_products: Budget; by default as many as it takes (2 min(m, n) give everything).
+        block_size: Directions advanced together. Small blocks take fewer products, large ones share forward passes.
+        generator: Starting directions; a fixed seed by default.
+        vectors: Keep the singular vectors.
 
     Returns:
-        Values with jackknife replicates over groups of samples; the trace, for a square map, by Stein's identity
-        E[xi · f(x + sigma xi)] / sigma = E[tr J].
+        k values with bounds, estimated errors, converged flags; ``details["stopped"]`` is "converged", "budget" or
+        "exhausted" (the Krylov space and fresh directions have nothing more: the remaining values are zero).
+
+    Raises:
+        ValueError: k, tol, block size or budget out of range.
+        TypeError: a black box that was not stated to be symmetric.
+
+    References:
+        A block Lanczos method for computing the singular values (Golub, Luk, Overton, 1981), ACM TOMS 7
     """
-    columns, xi = columns.cpu().double(), xi.cpu().double()
-    count, outputs = columns.shape
-    groups = torch.arange(count) % min(JACKKNIFE_GROUPS, count)
-    kept = min(count - int((groups == 0).sum()) - int(centred), outputs, xi.shape[1])
-    replicates = torch.stack([_column_values(columns[groups != g], centred)[:kept] for g in groups.unique()])
-    trace = None
-    if outputs == xi.shape[1]:
-        products = (xi * (columns - columns.mean(dim=0))).sum(dim=1) * count / (count - 1)
-        trace = Estimate(products.mean().item(), (products.std() / math.sqrt(count)).item(), 0.0, products=count)
+    limit = min(jacobian.shape)
+    if not 1 <= num_singular_values <= limit:
+        raise ValueError(f"num_singular_values={num_singular_values}. Expected 1 <= num_singular_values <= {limit}.")
+    if not 0 < tol < 1 or not 1 <= block_size:
+        raise ValueError(f"tol={tol}, block_size={block_size}. Expected 0 < tol < 1 and block_size >= 1.")
+    block_size = min(block_size, limit)
+    budget = 4 * limit if max_products is None else max_products
+    if budget < 2 * block_size:
+        raise ValueError(f"max_products={budget}. Expected at least {2 * block_size}, one step with block_size={block_size}.")
+    krylov = _Krylov(jacobian, generator or torch.Generator().manual_seed(0))
+    krylov.add_fresh(block_size)
+    while True:
+        krylov.advance()
+        ritz = krylov.ritz(num_singular_values)
+        hidden = _may_hide_copies(ritz, num_singular_values, krylov.starts, tol)
+        stopped = None
+        if krylov.is_full or krylov.is_exhausted:
+            stopped = "exhausted"
+        elif len(ritz.values) >= num_singular_values and ritz.converged(tol)[:num_singular_values].all() and not hidden:
+            stopped = "converged"
+        else:
+            if hidden or not krylov.next_width:
+                krylov.add_fresh(block_size)
+            if krylov.products + 2 * krylov.next_width > budget:
+                stopped = "budget"
+        if stopped:
+            return krylov.spectrum(ritz, num_singular_values, tol, stopped, vectors, block_size)
+
+
+class _Krylov:
+    """Bases U, V with J V = U B and Jᵀ U = V D + next; everything in float64 on the CPU, one column a direction."""
+
+    def __init__(self, jacobian: Jacobian, generator: torch.Generator) -> None:
+        self.jacobian, self.generator = jacobian, generator
+        rows, columns = jacobian.shape
+        double = {"dtype": torch.float64}
+        self.left, self.right = torch.empty(rows, 0, **double), torch.empty(columns, 0, **double)
+        self.forward, self.reverse = torch.empty(0, 0, **double), torch.empty(0, 0, **double)  # B, D
+        self._next, self._remainder = torch.empty(columns, 0, **double), torch.empty(0, 0, **double)
+        self._spent_before = jacobian.products
+        self.scale, self.starts, self.is_exhausted, self._next_is_fresh = 0.0, 0, False, False
+
+    @property
+    def products(self) -> int:
+        return self.jacobian.products - self._spent_before
+
+    @property
+    def next_width(self) -> int:
+        return self._next.shape[1]
+
+    @property
+    def is_full(self) -> bool:
+        left_full = self.left.shape[1] == len(self.left) and not self.next_width
+        return left_full or self.right.shape[1] == len(self.right)
+
+    @property
+    def noise(self) -> float:
+        """Error of a product of norm ``scale``, below which a direction is rounding."""
+        return 10 * torch.finfo(self.jacobian.x.dtype).eps * self.scale + self.jacobian.step_error
+
+    def add_fresh(self, count: int) -> None:
+        """Adds random directions, orthogonal to all others, to the next block."""
+        known = torch.cat([self.right, self._next], dim=1)
+        count = min(count, len(self.right) - known.shape[1])
+        gaussian = torch.randn(len(self.right), count, generator=self.generator, dtype=torch.float64)
+        fresh = _orthogonal(gaussian, known, 0.0)[0]
+        self._next_is_fresh = not self.next_width
+        self._next, self.starts = torch.cat([self._next, fresh], dim=1), self.starts + fresh.shape[1]
+
+    def advance(self) -> None:
+        """One forward product with every direction of the next block, one reverse product with every new left direction."""
+        before, only_fresh = self.left.shape[1], self._next_is_fresh
+        remainder, found = self._remainder, self._next.shape[1]
+        self.right, self._next_is_fresh = torch.cat([self.right, self._next], dim=1), False
+        images = self._product(self.jacobian.jvp, self._next, self.jacobian.x.shape)
+        self.scale = max(self.scale, images.norm(dim=0).max().item())
+        new, coefficients, rest = _orthogonal(images, self.left, self.noise)
+        # Directions that came from the last reverse products are now part of V: the rows of D that were their remainder.
+        rows = torch.zeros(found, before, dtype=torch.float64)
+        rows[: len(remainder), before - remainder.shape[1] :] = remainder
+        self.reverse = torch.cat([self.reverse, rows])
+        self.forward = _extended(self.forward, torch.cat([coefficients, rest]))
+        self.left = torch.cat([self.left, new], dim=1)
+        self.is_exhausted = only_fresh and not new.shape[1]
+        pulled = self._product(self.jacobian.vjp, new, self.jacobian.value.shape)
+        self._next, coefficients, self._remainder = _orthogonal(pulled, self.right, self.noise)
+        self.reverse = torch.cat([self.reverse, coefficients], dim=1)
+
+    def _product(self, product: Callable[[Tensor], Tensor], columns: Tensor, shape: torch.Size) -> Tensor:
+        if not columns.shape[1]:
+            return torch.empty(len(self.right if product == self.jacobian.vjp else self.left), 0, dtype=torch.float64)
+        stack = columns.T.reshape(-1, *shape).to(self.jacobian.x)
+        return product(stack).flatten(1).cpu().double().T
+
+    def ritz(self, wanted: int) -> _Ritz:
+        """Singular values of B and their residuals."""
+        p, values, q = torch.linalg.svd(self.forward, full_matrices=False)
+        inside = self.reverse @ p - q.T * values
+        outside = self._remainder @ p[p.shape[0] - self._remainder.shape[1] :]
+        residuals = (inside.square().sum(dim=0) + outside.square().sum(dim=0)).sqrt() + self.noise
+        unwanted = values[wanted].item() if len(values) > wanted else 0.0
+        return _Ritz(values, residuals, unwanted, self.noise, p, q.T)
+
+    def spectrum(self, ritz: _Ritz, wanted: int, tol: float, stopped: str, vectors: bool, block_size: int) -> Spectrum:
+        """The result; values beyond the rank of an exhausted map are zero."""
+        shape, missing = self.jacobian.shape, max(0, wanted - len(ritz.values))
+        padding = torch.zeros(missing if stopped == "exhausted" else 0, dtype=torch.float64)
+        values, errors, bounds = (
+            torch.cat([column[:wanted], padding + extra])
+            for column, extra in ((ritz.values, 0.0), (ritz.errors, ritz.noise), (ritz.residuals, ritz.noise))
+        )
+        converged = torch.cat([ritz.converged(tol)[:wanted], padding == 0])
+        return Spectrum(
+            values, shape, "golub_kahan", self.products, complete=len(values) == min(shape),
+            bounds=bounds, errors=errors, converged=converged if stopped != "exhausted" else torch.ones_like(converged),
+            left=self.left @ ritz.left[:, :wanted] if vectors else None,
+            right=self.right @ ritz.right[:, :wanted] if vectors else None,
+            details={"block_size": block_size, "starts": self.starts, "stopped": stopped, "tol": tol, "step": self.jacobian.step},
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Ritz:
+    """Singular values of the projected map, with residuals and coefficients of their vectors as columns."""
+
+    values: Tensor
+    residuals: Tensor
+    unwanted: float
+    noise: float
+    left: Tensor
+    right: Tensor
+
+    @property
+    def errors(self) -> Tensor:
+        gaps = (self.values - self.unwanted).clamp_min(torch.finfo(torch.float64).tiny)
+        return torch.minimum(self.residuals, self.residuals.square() / gaps + self.noise)
+
+    def converged(self, tol: float) -> Tensor:
+        return self.errors <= torch.clamp(tol * self.values, min=2 * self.noise)
+
+
+def _may_hide_copies(ritz: _Ritz, wanted: int, starts: int, tol: float) -> bool:
+    """Whether some wanted values agree within tolerance and are as many as the starting directions can show."""
+    values = ritz.values[: wanted + 1].tolist()
+    if len(values) < starts or not ritz.converged(tol)[: len(values) - 1].all():
+        return False
+    for first in range(len(values)):
+        last = first
+        while last + 1 < len(values) and values[first] - values[last + 1] <= 2 * tol * values[first]:
+            last += 1
+        if last - first + 1 >= starts and last + 1 < min(wanted, len(values)):
+            return True
+    return False
+
+
+def _orthogonal(columns: Tensor, basis: Tensor, noise: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Splits columns = basis C + new R: (new with orthonormal columns, C, R); directions below ``noise`` are left out."""
+    coefficients = basis.T @ columns
+    rest = columns - basis @ coefficients
+    again = basis.T @ rest
+    rest, coefficients = rest - basis @ again, coefficients + again
+    if not rest.shape[1]:
+        return rest, coefficients, rest.new_empty(0, 0)
+    u, s, v = torch.linalg.svd(rest, full_matrices=False)
+    kept = s > max(noise, 1e-14 * columns.norm().item())
+    new = u[:, kept]
+    new = torch.linalg.qr(new - basis @ (basis.T @ new))[0] if new.shape[1] else new
+    return new, coefficients, new.T @ rest
+
+
+def _extended(matrix: Tensor, columns: Tensor) -> Tensor:
+    """``matrix`` with zero rows for the new left directions and the given columns."""
+    rows = torch.cat([matrix, matrix.new_zeros(len(columns) - len(matrix), matrix.shape[1])])
+    return torch.cat([rows, columns], dim=1)
+
+
+def randomized_spectrum(
+    jacobian: Jacobian, num_singular_values: int, *, num_oversamples: int = 8, generator: torch.Generator | None = None
+) -> Spectrum:
+    """The largest singular values of QᵀJ, Q = orth(J Omega): 2 (k + p) products and 5 more that bound the bias.
+
+    Exact when k + p reaches the rank; else every value is too small, by at most ``bounds`` (with probability 1 - 10^-5).
+
+    Args:
+        jacobian: Products with J and Jᵀ.
+        num_singular_values: k, at most min(m, n).
+        num_oversamples: p.
+        generator: The random Omega; a fixed seed by default.
+
+    References:
+        What Secrets Do Your Manifolds Hold? (Humayun et al., 2025), https://arxiv.org/abs/2408.08307
+    """
+    limit = min(jacobian.shape)
+    if not 1 <= num_singular_values <= limit or num_oversamples < 0:
+        raise ValueError(
+            f"num_singular_values={num_singular_values}, num_oversamples={num_oversamples}. Expected 1 <= num_singular_values "
+            f"<= {limit} and num_oversamples >= 0."
+        )
+    generator, before = generator or torch.Generator().manual_seed(0), jacobian.products
+    count = min(num_singular_values + num_oversamples, limit)
+    x = jacobian.x
+    probes = torch.randn(count + CERTIFYING_PROBES, *x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    images = jacobian.jvp(probes).flatten(1).cpu().double().T
+    basis = torch.linalg.qr(images[:, :count])[0]
+    rows = jacobian.vjp(basis.T.reshape(count, *jacobian.value.shape).to(x)).flatten(1).cpu().double()
+    values = torch.linalg.svdvals(rows)[:num_singular_values]
+    missed = images[:, count:] - basis @ (basis.T @ images[:, count:])
+    bound = 10 * math.sqrt(2 / math.pi) * missed.norm(dim=0).max().item()
+    bounds = torch.full_like(values, bound + 10 * torch.finfo(x.dtype).eps * values[0].item() + jacobian.step_error)
     return Spectrum(
-        _column_values(columns, centred)[:kept],
-        (outputs, xi.shape[1]),
-        "perturbation",
-        count,
-        complete=kept == min(outputs, xi.shape[1]),
-        trace=trace,
-        replicates=replicates,
-    )
+        values, jacobian.shape, "randomized", jacobian.products - before, complete=len(values) == limit, bounds=bounds,
+        converged=bounds <= 1e-3 * values, details={"k": num_singular_values, "num_oversamples": num_oversamples, "bias": -bound},
+    )  # fmt: skip
 
 
-def _column_values(columns: Tensor, centred: bool) -> Tensor:
-    """Singular values of the rows' matrix over sqrt(N), by its smaller Gram matrix where N is much the larger side."""
-    if centred:
-        columns = columns - columns.mean(dim=0)
-    columns = columns / math.sqrt(len(columns))
-    if len(columns) < 2 * columns.shape[1]:
-        return torch.linalg.svdvals(columns)
-    return torch.linalg.eigvalsh(columns.T @ columns).flip(0).clamp_min(0).sqrt()
-
-
-def orthonormal_directions(shape: torch.Size, count: int, like: Tensor, generator: torch.Generator) -> Tensor:
-    """``count`` orthonormal directions (count, *shape): the unit vectors when they are all of them, else random."""
-    size = math.prod(shape)
-    if not 1 <= count <= size:
-        raise ValueError(f"num_directions={count}. Expected 1 <= num_directions <= {size}, the input dimension.")
-    if count == size:
-        basis = torch.eye(size)
-    else:
-        gaussian = torch.randn(size, count, generator=generator, dtype=torch.float64, device=generator.device)
-        basis = torch.linalg.qr(gaussian.cpu())[0].T
-    return basis.to(like).reshape(count, *shape)
-
-
-def central_difference_columns(
-    fn: BatchedMap, x: Tensor, directions: Tensor, step: float, *, chunk_size: int = 32
-) -> tuple[Tensor, Tensor]:
-    """(f(x + h v) - f(x - h v)) / 2h as rows (K, out), and the directions (K, n) that floating point really took."""
-    ahead, behind = x + step * directions, x - step * directions
-    values = evaluate(fn, torch.stack([ahead, behind], dim=1).flatten(0, 1), chunk_size)
-    realised = (ahead - behind).flatten(1) / (2 * step)
-    return (values[0::2] - values[1::2]) / (2 * step), realised
-
-
-def central_difference_spectrum(columns: Tensor, directions: Tensor, *, step: float, error: float = 0.0) -> Spectrum:
-    """Algorithm 2: singular values of J V from columns J v_i.
-
-    Args:
-        columns: J v_i, one a row, shape (K, m), from :func:`central_difference_columns`.
-        directions: The v_i, shape (K, n), orthonormal up to rounding.
-        step: The step h.
-        error: Estimated error of one column, from :func:`choose_step`.
-    """
-    columns, directions = columns.cpu().double(), directions.cpu().double()
-    count, size = directions.shape
-    bound = error * math.sqrt(count)
-    if count == size:
-        matrix = torch.linalg.solve(directions, columns).T
-        return matrix_spectrum(matrix, method="central_difference", products=count, bound=bound, step=step)
-    values, shape = torch.linalg.svdvals(columns), (columns.shape[1], size)
-    return Spectrum(values, shape, "central_difference", count, complete=False, bound=bound, step=step)
-
-
-def choose_step(
-    fn: BatchedMap, x: Tensor, *, scale: float, generator: torch.Generator, num_directions: int = 2
-) -> tuple[float, float]:
-    """The difference step h and the estimated error |column - J v| it leaves.
-
-    A ladder of steps, from the formula (3u)^(1/3) ``scale`` of the dtype's rounding unit u to 0.1 max(1, ``scale``), is
-    tried along random directions; every rung's error is its rounding error plus what halving the step changes beyond it.
-
-    Args:
-        fn: The map on a stack, (K, *dims) -> (K, *out).
-        x: The point, shape (*dims).
-        scale: Length in x on which J changes; the noise sigma_t for a denoiser.
-        generator: Random directions.
-        num_directions: Directions averaged.
-    """
-    low, high = (3 * torch.finfo(x.dtype).eps / 2) ** (1 / 3) * scale, 0.1 * max(1.0, scale)
-    ladder = torch.logspace(math.log2(low / 2), math.log2(high), max(3, math.ceil(math.log2(high / low)) + 2), base=2.0)
-    ladder = ladder.tolist()
-    errors = torch.zeros(len(ladder) - 1, dtype=torch.float64)
-    for _ in range(num_directions):
-        direction = orthonormal_directions(x.shape, 1, x, generator)
-        noise = _rounding_noise(fn, x, direction, spacing=low / 4)
-        columns = [central_difference_columns(fn, x, direction, h)[0].double() for h in ladder]
-        rounding = [noise / (math.sqrt(2) * h) for h in ladder]
-        for i in range(1, len(ladder)):
-            change = (columns[i] - columns[i - 1]).norm().item()
-            halving = (ladder[i] / ladder[i - 1]) ** 2
-            curvature = max(0.0, change - rounding[i] - rounding[i - 1]) * halving / (halving - 1)
-            errors[i - 1] += (rounding[i] + curvature) / num_directions
-    best = int(errors.argmin())
-    return ladder[best + 1], errors[best].item()
-
-
-def _rounding_noise(fn: BatchedMap, x: Tensor, direction: Tensor, *, spacing: float, points: int = 8) -> float:
-    """Norm of the rounding noise in f, from the higher differences of f on a short line (Moré and Wild, 2011, eq. 2.3)."""
-    offsets = torch.arange(points, dtype=x.dtype, device=x.device).reshape(-1, *[1] * x.ndim)
-    differences = evaluate(fn, x + spacing * offsets * direction, points).double()
-    levels = []
-    for order in range(1, points - 1):
-        differences = differences[1:] - differences[:-1]
-        variance = differences.square().sum(dim=1).mean().item() / math.comb(2 * order, order)
-        if order >= 3:
-            levels.append(math.sqrt(variance))
-    return min(levels)

@@ -21,7 +21,7 @@ from .descriptors import local_rank, local_scaling
 from .dimension import gap_dim, spectral_gaps
 from .phases import Phases, phases_by_eigenvalues, phases_by_gaps
 from .spectrum import Spectrum
-from .stochastic import Estimate
+from .estimate import Estimate
 from .storage import pack_images, unpack_images, write_together
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ JSON_NAME, ARRAYS_NAME = "trace.json", "trace.safetensors"
 
 @dataclass(frozen=True)
 class BatchEstimate:
-    """One :class:`~diffusers_geometry.stochastic.Estimate` per sample.
+    """One :class:`~diffusers_geometry.estimate.Estimate` per sample.
 
     Attributes:
         value: Shape (batch,).

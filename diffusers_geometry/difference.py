@@ -1,0 +1,103 @@
+"""Derivatives from function values alone: central differences, and the step they should take.
+
+A column is (f(x + h v) - f(x - h v)) / 2h = J v + error, and the error is about noise/(sqrt(2) h) + h² M3/6. The rounding noise of
+f is measured from a difference table (Moré and Wild, 2011, "Estimating computational noise") and the curvature term from halving
+h; h is chosen where their sum is least. Nothing here needs a gradient, so f may be a black box.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BatchedMap = Callable[[Tensor], Tensor]
+
+
+def require_finite(value: Tensor, what: str) -> Tensor:
+    """Returns ``value``; raises FloatingPointError when it holds NaN or infinity, naming ``what``."""
+    if not torch.isfinite(value).all():
+        bad = int((~torch.isfinite(value)).sum())
+        raise FloatingPointError(
+            f"{what} has {bad} non-finite entries of {value.numel()}. Expected finite values: check the weights, "
+            "the dtype (half precision overflows) and the input of the network."
+        )
+    return value
+
+
+def evaluate(fn: BatchedMap, points: Tensor, chunk_size: int) -> Tensor:
+    """``fn`` on a stack (K, *dims) in chunks, without gradients, flat and finite: (K, out)."""
+    with torch.no_grad():
+        values = torch.cat([fn(chunk).flatten(1) for chunk in points.split(chunk_size)])
+    return require_finite(values, "the function")
+
+
+def orthonormal_directions(shape: torch.Size, count: int, like: Tensor, generator: torch.Generator) -> Tensor:
+    """``count`` orthonormal directions (count, *shape): the unit vectors when they are all of them, else random."""
+    size = math.prod(shape)
+    if not 1 <= count <= size:
+        raise ValueError(f"num_directions={count}. Expected 1 <= num_directions <= {size}, the input dimension.")
+    if count == size:
+        basis = torch.eye(size)
+    else:
+        gaussian = torch.randn(size, count, generator=generator, dtype=torch.float64, device=generator.device)
+        basis = torch.linalg.qr(gaussian.cpu())[0].T
+    return basis.to(like).reshape(count, *shape)
+
+
+def central_difference_columns(
+    fn: BatchedMap, x: Tensor, directions: Tensor, step: float, *, chunk_size: int = 32
+) -> tuple[Tensor, Tensor]:
+    """(f(x + h v) - f(x - h v)) / 2h as rows (K, out), and the directions (K, n) that floating point really took."""
+    ahead, behind = x + step * directions, x - step * directions
+    values = evaluate(fn, torch.stack([ahead, behind], dim=1).flatten(0, 1), chunk_size)
+    realised = (ahead - behind).flatten(1) / (2 * step)
+    return (values[0::2] - values[1::2]) / (2 * step), realised
+
+
+def choose_step(
+    fn: BatchedMap, x: Tensor, *, scale: float, generator: torch.Generator, num_directions: int = 2
+) -> tuple[float, float]:
+    """The difference step h and the estimated error |column - J v| it leaves.
+
+    A ladder of steps, from the formula (3u)^(1/3) ``scale`` of the dtype's rounding unit u to 0.1 max(1, ``scale``), is
+    tried along random directions; every rung's error is its rounding error plus what halving the step changes beyond it.
+
+    Args:
+        fn: The map on a stack, (K, *dims) -> (K, *out).
+        x: The point, shape (*dims).
+        scale: Length in x on which J changes; the noise sigma_t for a denoiser.
+        generator: Random directions.
+        num_directions: Directions averaged.
+    """
+    low, high = (3 * torch.finfo(x.dtype).eps / 2) ** (1 / 3) * scale, 0.1 * max(1.0, scale)
+    ladder = torch.logspace(math.log2(low / 2), math.log2(high), max(3, math.ceil(math.log2(high / low)) + 2), base=2.0)
+    ladder = ladder.tolist()
+    errors = torch.zeros(len(ladder) - 1, dtype=torch.float64)
+    for _ in range(num_directions):
+        direction = orthonormal_directions(x.shape, 1, x, generator)
+        noise = _rounding_noise(fn, x, direction, spacing=low / 4)
+        columns = [central_difference_columns(fn, x, direction, h)[0].double() for h in ladder]
+        rounding = [noise / (math.sqrt(2) * h) for h in ladder]
+        for i in range(1, len(ladder)):
+            change = (columns[i] - columns[i - 1]).norm().item()
+            halving = (ladder[i] / ladder[i - 1]) ** 2
+            curvature = max(0.0, change - rounding[i] - rounding[i - 1]) * halving / (halving - 1)
+            errors[i - 1] += (rounding[i] + curvature) / num_directions
+    best = int(errors.argmin())
+    return ladder[best + 1], errors[best].item()
+
+
+def _rounding_noise(fn: BatchedMap, x: Tensor, direction: Tensor, *, spacing: float, points: int = 8) -> float:
+    """Norm of the rounding noise in f, from the higher differences of f on a short line (Moré and Wild, 2011, eq. 2.3)."""
+    offsets = torch.arange(points, dtype=x.dtype, device=x.device).reshape(-1, *[1] * x.ndim)
+    differences = evaluate(fn, x + spacing * offsets * direction, points).double()
+    levels = []
+    for order in range(1, points - 1):
+        differences = differences[1:] - differences[:-1]
+        variance = differences.square().sum(dim=1).mean().item() / math.comb(2 * order, order)
+        if order >= 3:
+            levels.append(math.sqrt(variance))
+    return min(levels)
