@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .drive import Drive, PipelineCall, own_output
 from .difference import require_finite
+from .drive import Drive, PipelineCall, own_output
 from .recorded_step import Engine, RecordedStep
 from .replay import NetworkCall, is_duplicated, may_hold
 from .schedule import loop_position, noise_level, scheduler_family

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -153,13 +153,13 @@ class Denoiser:
             return 0.0
         return self.sigma**2 if of == "score" else self.sigma
 
-    def jacobian(self, x_t: Tensor, of: Map = "denoised", *, chunk_size: int = 32) -> Jacobian:
+    def jacobian(self, x_t: Tensor, of: Map = "denoised", **options: Any) -> Jacobian:
         """The canonical Jacobian at one sample.
 
         Args:
             x_t: The point, shape (*dims), at least float32.
             of: "denoised" (D'), "score" ((D' - I) / sigma^2) or "epsilon" ((I - D') / sigma).
-            chunk_size: Products taken at once.
+            **options: ``chunk_size``, ``derivative``, ``symmetric``, ``generator`` of :class:`~.jacobian.Jacobian`.
         """
         batched = self.canonical_map(of)
-        return Jacobian(lambda x: batched(x[None])[0], x_t, batched_fn=batched, chunk_size=chunk_size)
+        return Jacobian(lambda x: batched(x[None])[0], x_t, batched_fn=batched, scale=self.sigma_t, **options)

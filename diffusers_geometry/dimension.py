@@ -2,17 +2,25 @@
 
 effective dimension   tr D': Σ l / (l + sigma²) for Gaussian data of variances l
 gap dimension         position of the largest drop between neighbouring singular values of D'
+FLIPD                 tr D' + |D(x_0) - x_0|² / sigma² at the clean point: d + d log p_sigma / d log sigma (Kamkari et al.,
+                      arXiv:2406.03537). At a noised point x_t it averages to d for every distribution, so it is never taken there
 normal bundle         n minus the position of the largest drop of the *score's* values (Algorithm 1 of
                       arXiv:2410.05898, after Stanczuk et al., arXiv:2212.12611): large values are normal directions there
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from .spectrum import Spectrum
+from .denoiser import Denoiser
+from .difference import require_finite
 from .estimate import Estimate
+from .jacobian import Derivative
+from .spectrum import Spectrum
+from .stochastic import TraceMethod, estimate_trace
 
 
 def spectral_gaps(spectrum: Spectrum) -> Tensor:
@@ -31,13 +39,17 @@ def _drops(values: Tensor, complete: bool) -> Tensor:
 def gap_dim(spectrum: Spectrum) -> Estimate:
     """Number of singular values before the largest drop, for a map whose large values are kept directions (D', a decoder).
 
-    The standard error is the jackknife's where the spectrum is random; a zero map has dimension 0.
+    The standard error is the jackknife's where the spectrum is random; a zero map has dimension 0. Of an incomplete spectrum it
+    is converged when no drop among the values not in hand can be larger: they all lie below the last one in hand.
     """
 
     def position(values: Tensor) -> float:
         return float(_drops(values, spectrum.complete).argmax() + 1) if values.max() > 0 else 0.0
 
-    return spectrum.estimate(position)
+    found = spectrum.estimate(position)
+    largest = _drops(spectrum.singular_values, spectrum.complete).max()
+    certain = spectrum.complete or bool(largest >= spectrum.singular_values[-1])
+    return replace(found, converged=found.converged and certain)
 
 
 def normal_bundle_dim(spectrum: Spectrum) -> Estimate:
@@ -66,3 +78,40 @@ def effective_dimension(spectrum: Spectrum) -> Estimate:
             "trace. Expected a dense one, all directions, or the perturbation method."
         )
     return spectrum.trace
+
+
+def flipd(
+    denoiser: Denoiser,
+    x_0: Tensor,
+    *,
+    num_products: int | None = None,
+    method: TraceMethod = "auto",
+    generator: torch.Generator | None = None,
+    chunk_size: int = 32,
+    derivative: Derivative = "autograd",
+) -> Estimate:
+    """Local intrinsic dimension at a clean point, tr D' + |D(x_0) - x_0|² / sigma², in directions.
+
+    Args:
+        denoiser: At the noise level sigma that sets the scale of the question; of one sample.
+        x_0: The clean point, shape (*dims), in the scheduler's scale of x_0 (a latent for a latent model).
+        num_products: Budget of the trace; by default d, which is exact.
+        method: How the trace is estimated, see :func:`~diffusers_geometry.stochastic.estimate_trace`.
+        generator: Its probes; a fixed seed by default.
+        chunk_size: Products taken at once.
+        derivative: "autograd", or "difference" for a black box.
+
+    Returns:
+        The estimate; 0 at alpha_t = 0 (sigma = infinity), where every direction looks flat.
+
+    References:
+        A Geometric View of Data Complexity (Kamkari et al., 2024), https://arxiv.org/abs/2406.03537
+    """
+    if denoiser.alpha_t == 0:
+        return Estimate(0.0)
+    point = denoiser.alpha_t * x_0
+    jacobian = denoiser.jacobian(point, chunk_size=chunk_size, derivative=derivative)
+    trace = estimate_trace(jacobian, num_products=num_products or x_0.numel(), method=method, generator=generator)
+    with torch.no_grad():
+        moved = require_finite(denoiser.denoised(point[None])[0] - x_0, "the denoised clean point")
+    return replace(trace, value=trace.value + (moved.double().norm() / denoiser.sigma).item() ** 2)

@@ -11,11 +11,15 @@ They are crossovers, so they move with Delta. The gap rule, nearer to the paper'
 gap >= Delta, consolidation one whose only such gap is the final one (its position is that of the largest gap at the smallest
 sigma), and coverage everything else.
 
+Of an incomplete spectrum only the largest values are in hand. Where the rest could still change a snapshot's kind (all in hand are
+kept, say) the step is labelled "unresolved".
+
 One snapshot cannot tell the manifold from a sub-manifold of high variance: phases belong to a run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +32,7 @@ class Phases:
     """Phase labels of a run and where they change.
 
     Attributes:
-        labels: "trivial", "coverage" or "consolidation", shape (steps, batch), in the order of the run.
+        labels: "trivial", "coverage", "consolidation" or "unresolved", shape (steps, batch), in the order of the run.
         trivial_boundary: Per sample, the recorded sigmas (above, below) between which the trivial phase ends; None without one.
         consolidation_boundary: Per sample, the recorded sigmas (above, below) between which consolidation starts; None
             without one.
@@ -46,49 +50,63 @@ class Phases:
         return self.labels[step]
 
 
-def snapshot_kind(values: np.ndarray, resolution: float = 0.1) -> str:
-    """ "flat", "binary" or "graded" for singular values of D', shape (k,)."""
+def snapshot_kind(values: np.ndarray, resolution: float = 0.1, complete: bool = True) -> str:
+    """ "flat", "binary", "graded" or "unresolved" for the largest (or all) singular values of D', descending, shape (k,)."""
     if (values < resolution).all():
         return "flat"
-    middle = (values >= resolution) & (values <= 1 - resolution)
-    return "graded" if middle.any() else "binary"
+    if ((values >= resolution) & (values <= 1 - resolution)).any():
+        return "graded"
+    return "binary" if complete or values[-1] < resolution else "unresolved"
 
 
-def phases_by_eigenvalues(sigmas: np.ndarray, values: list[np.ndarray], resolution: float = 0.1) -> Phases:
+def phases_by_eigenvalues(
+    sigmas: np.ndarray, values: list[np.ndarray], resolution: float = 0.1, complete: Sequence[bool] | None = None
+) -> Phases:
     """Phases by the flat / graded / binary rule.
 
     Args:
         sigmas: Noise of the recorded steps, shape (steps,), may hold infinity.
-        values: Per step, singular values of D', shape (batch, k).
+        values: Per step, singular values of D', descending, shape (batch, k).
         resolution: Delta, in (0, 0.5).
+        complete: Per step, whether these are all singular values; by default they are.
     """
     _check(sigmas, values, resolution)
-    kinds = np.array([[snapshot_kind(sample, resolution) for sample in step] for step in values])
-    return _from_kinds(np.asarray(sigmas, float), kinds == "flat", kinds == "binary")
+    complete = [True] * len(values) if complete is None else complete
+    kinds = np.array([[snapshot_kind(v, resolution, c) for v in step] for step, c in zip(values, complete, strict=True)])
+    return _from_kinds(np.asarray(sigmas, float), kinds == "flat", kinds == "binary", kinds == "unresolved")
 
 
-def phases_by_gaps(sigmas: np.ndarray, gaps: list[np.ndarray], resolution: float = 0.1) -> Phases:
+def phases_by_gaps(
+    sigmas: np.ndarray, gaps: list[np.ndarray], resolution: float = 0.1, last_values: list[np.ndarray] | None = None
+) -> Phases:
     """Phases by the gap rule.
 
     Args:
         sigmas: Noise of the recorded steps, shape (steps,).
         gaps: Per step, drops after each singular value of D', shape (batch, k).
         resolution: Smallest gap that counts, in (0, 0.5).
+        last_values: Per step, the smallest singular value in hand, shape (batch,): drops beyond it are smaller than it. By
+            default the spectra are complete.
     """
     _check(sigmas, gaps, resolution)
     final = gaps[int(np.argmin(sigmas))].argmax(axis=1)
-    none, only_final = [], []
-    for step in gaps:
+    none, only_final, unresolved = [], [], []
+    for i, step in enumerate(gaps):
         large = step >= resolution
-        none.append(~large.any(axis=1))
+        hidden = np.zeros(len(step), bool) if last_values is None else last_values[i] >= resolution
+        none.append(~large.any(axis=1) & ~hidden)
         others = large.copy()
-        others[np.arange(len(final)), final] = False
-        only_final.append(large[np.arange(len(final)), final] & ~others.any(axis=1))
-    return _from_kinds(np.asarray(sigmas, float), np.array(none), np.array(only_final))
+        samples = np.flatnonzero(final < step.shape[1])
+        others[samples, final[samples]] = False
+        at_final = np.zeros(len(step), bool)
+        at_final[samples] = large[samples, final[samples]]
+        only_final.append(at_final & ~others.any(axis=1) & ~hidden)
+        unresolved.append(hidden & ~others.any(axis=1))
+    return _from_kinds(np.asarray(sigmas, float), np.array(none), np.array(only_final), np.array(unresolved))
 
 
-def _from_kinds(sigmas: np.ndarray, flat: np.ndarray, binary: np.ndarray) -> Phases:
-    """Labels and boundaries from the two kinds of run, each of shape (steps, batch)."""
+def _from_kinds(sigmas: np.ndarray, flat: np.ndarray, binary: np.ndarray, unresolved: np.ndarray) -> Phases:
+    """Labels and boundaries from the kinds of snapshot, each of shape (steps, batch)."""
     order = np.argsort(-sigmas, kind="stable")
     labels = np.full(flat.shape, "coverage", dtype="<U13")
     trivial_ends, consolidation_starts = [], []
@@ -97,8 +115,9 @@ def _from_kinds(sigmas: np.ndarray, flat: np.ndarray, binary: np.ndarray) -> Pha
         consolidation = _leading(binary[order, sample][::-1])
         labels[order[:trivial], sample] = "trivial"
         labels[order[len(order) - consolidation :], sample] = "consolidation"
-        trivial_ends.append(_bracket(sigmas[order], trivial))
-        consolidation_starts.append(_bracket(sigmas[order], len(order) - consolidation))
+        labels[unresolved[:, sample], sample] = "unresolved"
+        trivial_ends.append(_bracket(sigmas[order], trivial, unresolved[order, sample]))
+        consolidation_starts.append(_bracket(sigmas[order], len(order) - consolidation, unresolved[order, sample]))
     return Phases(labels, tuple(trivial_ends), tuple(consolidation_starts))
 
 
@@ -106,8 +125,8 @@ def _leading(flags: np.ndarray) -> int:
     return len(flags) if flags.all() else int(np.argmin(flags))
 
 
-def _bracket(descending: np.ndarray, position: int) -> tuple[float, float] | None:
-    if 0 < position < len(descending):
+def _bracket(descending: np.ndarray, position: int, unresolved: np.ndarray) -> tuple[float, float] | None:
+    if 0 < position < len(descending) and not unresolved[position - 1 : position + 1].any():
         return float(descending[position - 1]), float(descending[position])
     return None
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .drive import Drive
 from .difference import require_finite
+from .drive import Drive
 from .jacobian import Jacobian
 from .precision import HALF, ProbeWeights, to_float32
 from .replay import NetworkCall, Replay, ReplayRefused

@@ -189,7 +189,7 @@ def golub_kahan_spectrum(
     limit = min(jacobian.shape)
     if not 1 <= num_singular_values <= limit:
         raise ValueError(f"num_singular_values={num_singular_values}. Expected 1 <= num_singular_values <= {limit}.")
-    if not 0 < tol < 1 or not 1 <= block_size:
+    if not 0 < tol < 1 or not block_size >= 1:
         raise ValueError(f"tol={tol}, block_size={block_size}. Expected 0 < tol < 1 and block_size >= 1.")
     block_size = min(block_size, limit)
     budget = 4 * limit if max_products is None else max_products
@@ -399,5 +399,3 @@ def randomized_spectrum(
         values, jacobian.shape, "randomized", jacobian.products - before, complete=len(values) == limit, bounds=bounds,
         converged=bounds <= 1e-3 * values, details={"k": num_singular_values, "num_oversamples": num_oversamples, "bias": -bound},
     )  # fmt: skip
-
-

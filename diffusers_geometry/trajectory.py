@@ -19,9 +19,9 @@ import numpy as np
 
 from .descriptors import local_rank, local_scaling
 from .dimension import gap_dim, spectral_gaps
+from .estimate import Estimate
 from .phases import Phases, phases_by_eigenvalues, phases_by_gaps
 from .spectrum import Spectrum
-from .estimate import Estimate
 from .storage import pack_images, unpack_images, write_together
 
 if TYPE_CHECKING:

@@ -1,0 +1,303 @@
+"""Functions of a Jacobian from random products: trace, Frobenius norm, log-determinant, entropy, spectral density.
+
+Trace. Rademacher probes w give tr J = E wᵀJw with variance 2 (|S|_F² - Σ S_ii²), S the symmetric part (Hutchinson; a Gaussian w
+does not spare the diagonal). XTrace (Epperly, Tropp and Webber, 2024) projects J on the range of all other images JΩ and takes
+the trace there exactly, leaving one probe out in turn: m probes cost 2m products and are nearly exact once m exceeds the rank.
+D' has a rank near the manifold's dimension; epsilon and the score, D' with the identity mixed in, have none, so it is used on D'.
+
+Lanczos quadrature. One probe's Golub-Kahan bidiagonal of J holds a Gauss quadrature of the spectrum of JᵀJ as that probe weighs
+it: Σ_i f(s_i) = n E Σ_j weight_j f(node_j). It gives 1/2 log det(JᵀJ + eps²) (the regularised psi), the entropy nu and the density.
+Its standard error over probes does not contain the bias of a short quadrature, so the same probes at half the steps say it.
+
+Where the budget reaches the dimension all of them are exact, with sem = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .estimate import Estimate, jackknife_sem
+from .jacobian import Jacobian
+
+TraceMethod = Literal["rademacher", "xtrace", "auto"]
+XTRACE_CORRECTION = 1.5  # leave-one-out estimates overlap; benchmarks/trace.py prints the ratio of true to raw error
+XTRACE_BUDGET = 3  # auto takes XTrace for a budget of more than this times the estimated trace (DESIGN section 4)
+PILOT_PROBES = 8
+
+
+def rademacher(count: int, shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:
+    """``count`` probes of independent signs, (count, *shape), on the device and in the dtype of ``like``."""
+    signs = torch.randint(0, 2, (count, *shape), generator=generator, device=generator.device) * 2 - 1
+    return signs.to(like)
+
+
+def estimate_trace(
+    jacobian: Jacobian,
+    *,
+    num_products: int,
+    method: TraceMethod = "auto",
+    generator: torch.Generator | None = None,
+) -> Estimate:
+    """tr J of a square Jacobian.
+
+    Args:
+        jacobian: Reverse products are taken where there are any (they are the cheaper), else forward products.
+        num_products: Budget, at least 2 ("xtrace": 4, an odd one is left). From the dimension on the trace is exact.
+        method: "rademacher"; "xtrace" for a J of low effective rank such as D'; "auto" starts with 8 Rademacher probes and
+            goes on with XTrace when the budget exceeds 3 x the trace they estimate (for D', its effective dimension).
+        generator: The probes; a fixed seed by default.
+
+    Raises:
+        ValueError: J is not square, or the budget is too small.
+
+    References:
+        XTrace: Making the Most of Every Sample in Stochastic Trace Estimation (Epperly, Tropp, Webber, 2024), Algorithm 1.1
+    """
+    rows, columns = jacobian.shape
+    if rows != columns:
+        raise ValueError(f"a Jacobian of shape {(rows, columns)} has no trace. Expected a square one.")
+    least = 4 if method == "xtrace" else 2
+    if method not in get_args(TraceMethod) or num_products < least:
+        raise ValueError(f"method={method!r}, num_products={num_products}. Expected {get_args(TraceMethod)} and >= {least}.")
+    generator = generator or torch.Generator().manual_seed(0)
+    if num_products >= rows:
+        matrix = jacobian.dense()
+        return Estimate(matrix.diagonal().double().sum().item(), bias=rows * jacobian.step_error, products=rows)
+    pilot = num_products if method == "rademacher" else min(PILOT_PROBES, num_products // 2)
+    probes = rademacher(pilot, jacobian.x.shape, jacobian.x, generator)
+    images = _apply(jacobian, probes)
+    quadratic = (probes.flatten(1).cpu().double().T * images).sum(dim=0)
+    dimension = quadratic.mean().item()
+    if method == "rademacher" or (method == "auto" and num_products <= max(3, XTRACE_BUDGET * dimension)):
+        if pilot < num_products:
+            more = rademacher(num_products - pilot, jacobian.x.shape, jacobian.x, generator)
+            quadratic = torch.cat([quadratic, (more.flatten(1).cpu().double().T * _apply(jacobian, more)).sum(dim=0)])
+        return _mean(quadratic, len(quadratic), jacobian.step_error * rows**0.5)
+    count = num_products // 2
+    more = rademacher(count - pilot, jacobian.x.shape, jacobian.x, generator)
+    images = torch.cat([images, _apply(jacobian, more)], dim=1)
+    return _xtrace(jacobian, torch.cat([probes, more]).flatten(1).cpu().double().T, images)
+
+
+def _apply(jacobian: Jacobian, probes: Tensor) -> Tensor:
+    """J or Jᵀ (which have one trace) of a stack of probes, as columns in float64."""
+    product = jacobian.vjp if jacobian.has_reverse else jacobian.jvp
+    return product(probes).flatten(1).cpu().double().T
+
+
+def _mean(samples: Tensor, products: int, bias: float = 0.0) -> Estimate:
+    sem = samples.std().item() / math.sqrt(len(samples))
+    return Estimate(samples.mean().item(), sem, bias, products=products)
+
+
+def _xtrace(jacobian: Jacobian, probes: Tensor, images: Tensor) -> Estimate:
+    """The exchangeable estimate from m probes Ω and their images JΩ, both (n, m); takes m more products.
+
+    Estimate i is tr(Q_iᵀ J Q_i) + w_iᵀ(I - Q_i Q_iᵀ) J (I - Q_i Q_iᵀ) w_i with Q_i = orth(JΩ without column i), and
+    Q_i Q_iᵀ = Q (I - t_i t_iᵀ) Qᵀ for t_i the normalised columns of R^-T, JΩ = QR.
+    """
+    count = probes.shape[1]
+    q, r = torch.linalg.qr(images)
+    diagonal = r.diagonal().abs()
+    kept = diagonal > 1e-12 * diagonal.max()
+    if not kept.all():  # the range is exhausted: J has lower rank than there are probes, and tr QᵀJQ is exact
+        u, s, _ = torch.linalg.svd(images, full_matrices=False)
+        q = u[:, s > 10 * torch.finfo(jacobian.x.dtype).eps * s[0]]
+    mapped = _apply(jacobian, q.T.reshape(-1, *jacobian.x.shape).to(jacobian.x))
+    core = q.T @ mapped
+    bias = jacobian.step_error * math.sqrt(count)
+    if not kept.all():
+        return Estimate(core.trace().item(), 0.0, bias, products=count + q.shape[1])
+    left = torch.linalg.inv(r).T
+    left = left / left.norm(dim=0)
+    inside = q.T @ probes  # Qᵀω
+    kept_part = inside - left * (left * inside).sum(dim=0)  # Q_iᵀω_i in the basis Q
+    trace = core.trace() - (left * (core @ left)).sum(dim=0)
+    # (I - P)ᵀ J (I - P) with P ω_i = Q kept_part_i
+    quadratic = (probes * images).sum(dim=0)
+    cross = ((mapped.T @ probes) * kept_part).sum(dim=0) + (kept_part * (q.T @ images)).sum(dim=0)
+    samples = trace + quadratic - cross + (kept_part * (core @ kept_part)).sum(dim=0)
+    result = _mean(samples, 2 * count, bias)
+    return Estimate(result.value, XTRACE_CORRECTION * result.sem, bias, products=2 * count)
+
+
+def estimate_frobenius_norm(jacobian: Jacobian, *, num_products: int, generator: torch.Generator | None = None) -> Estimate:
+    """|J|_F from E|Jw|² over Rademacher w; exact when the budget reaches the smaller side of J.
+
+    Raises:
+        ValueError: fewer than 2 products.
+    """
+    if num_products < 2:
+        raise ValueError(f"num_products={num_products}. Expected at least 2.")
+    if num_products >= min(jacobian.shape):
+        matrix = jacobian.dense().double()
+        return Estimate(matrix.norm().item(), bias=jacobian.step_error * math.sqrt(matrix.shape[1]), products=min(jacobian.shape))
+    generator = generator or torch.Generator().manual_seed(0)
+    product, shape = (jacobian.vjp, jacobian.value.shape) if jacobian.has_reverse else (jacobian.jvp, jacobian.x.shape)
+    samples = product(rademacher(num_products, shape, jacobian.x, generator)).flatten(1).double().square().sum(dim=1).cpu()
+    squared = _mean(samples, num_products)
+    value = math.sqrt(squared.value)
+    sem = squared.sem / (2 * value) if value else 0.0
+    # The square root of a mean lies below the mean of the root by variance / 8 value³.
+    return Estimate(value, sem, sem**2 / (2 * value) if value else 0.0, products=num_products)
+
+
+@dataclass(frozen=True)
+class Quadrature:
+    """Sums over the singular values of an m x n Jacobian, from Lanczos quadrature; made by :func:`lanczos_quadrature`.
+
+    The sums run over the n eigenvalues s² of JᵀJ.
+
+    Attributes:
+        nodes: Singular values, shape (probes, steps); all of them in one row when exact.
+        weights: Their weights, rows adding up to n.
+        half_nodes: The same from half the steps, shape (probes, steps // 2), and their ``half_weights``.
+        size: n.
+        exact: Whether the budget reached the dimension.
+        products: Products spent.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    half_nodes: Tensor
+    half_weights: Tensor
+    size: int
+    exact: bool
+    products: int
+
+    def sums(self, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, float]:
+        """Σ_i f(s_i) by each probe, shape (probes,), and the bias: the mean's change when the steps are doubled."""
+        samples = (self.weights * function(self.nodes)).sum(dim=1)
+        half = (self.half_weights * function(self.half_nodes)).sum(dim=1)
+        return samples, (samples.mean() - half.mean()).item()
+
+    def total(self, function: Callable[[Tensor], Tensor]) -> Estimate:
+        """Σ_i f(s_i) over the n singular values."""
+        samples, bias = self.sums(function)
+        if self.exact:
+            return Estimate(samples[0].item(), products=self.products)
+        result = _mean(samples, self.products, bias)
+        return Estimate(result.value, result.sem, bias, abs(bias) < result.sem / 2, self.products)
+
+    def log_volume(self, epsilon: float) -> Estimate:
+        """Regularised psi, 1/2 log det(JᵀJ + epsilon²) = Σ 1/2 log(s² + epsilon²), in nats.
+
+        A rank-deficient J adds (n - rank) log epsilon, so the number is stated with its epsilon, and compared at equal ones.
+
+        Raises:
+            ValueError: ``epsilon`` is not positive.
+        """
+        if not epsilon > 0:
+            raise ValueError(f"epsilon={epsilon}. Expected epsilon > 0.")
+        return self.total(lambda s: 0.5 * torch.log(s.square() + epsilon**2))
+
+    def local_rank(self) -> Estimate:
+        """nu = exp(-Σ p_i log p_i), p_i = s_i / Σ s; its standard error by the jackknife over probes."""
+
+        def entropy_term(s: Tensor) -> Tensor:
+            return s * s.clamp_min(torch.finfo(s.dtype).tiny).log()
+
+        (sums, _), (terms, _) = self.sums(lambda s: s), self.sums(entropy_term)
+
+        def nu(first: Tensor, second: Tensor) -> float:
+            total = first.mean().item()
+            return math.exp(math.log(total) - second.mean().item() / total) if total > 0 else 0.0
+
+        value = nu(sums, terms)
+        if self.exact:
+            return Estimate(value, products=self.products)
+        half = (self.half_weights * self.half_nodes).sum(dim=1), (self.half_weights * entropy_term(self.half_nodes)).sum(dim=1)
+        bias = value - nu(*half)
+        others = ~torch.eye(len(sums), dtype=torch.bool)
+        sem = jackknife_sem([nu(sums[keep], terms[keep]) for keep in others])
+        return Estimate(value, sem, bias, abs(bias) < sem / 2, self.products)
+
+    def density(self, points: Tensor, width: float) -> list[Estimate]:
+        """Density of singular values at ``points``, smoothed by a Gaussian of standard deviation ``width``; integrates to 1."""
+        if not width > 0:
+            raise ValueError(f"width={width}. Expected width > 0.")
+        norm = self.size * width * math.sqrt(2 * math.pi)
+        return [self.total(lambda s, p=p: torch.exp(-0.5 * ((s - p) / width) ** 2) / norm) for p in points.tolist()]
+
+
+def lanczos_quadrature(
+    jacobian: Jacobian, *, num_probes: int = 16, num_steps: int = 30, generator: torch.Generator | None = None
+) -> Quadrature:
+    """Quadratures of the spectrum of JᵀJ seen by random probes: 2 num_probes num_steps products (2 a step and probe).
+
+    When that budget reaches the dimension, the dense Jacobian is taken instead and every sum is exact.
+
+    Args:
+        jacobian: Products with J and Jᵀ.
+        num_probes: Rademacher probes; errors fall with its square root.
+        num_steps: Lanczos steps, fully reorthogonalised; the bias falls with these.
+        generator: The probes; a fixed seed by default.
+
+    Raises:
+        ValueError: fewer than 2 probes or 4 steps.
+
+    References:
+        Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature (Ubaru, Chen, Saad, 2017)
+    """
+    if num_probes < 2 or num_steps < 4:
+        raise ValueError(f"num_probes={num_probes}, num_steps={num_steps}. Expected at least 2 probes and 4 steps.")
+    rows, columns = jacobian.shape
+    if 2 * num_probes * num_steps >= min(rows, columns):
+        values = torch.linalg.svdvals(jacobian.dense().cpu().double())
+        nodes = torch.cat([values, values.new_zeros(columns - len(values))])[None]
+        ones = torch.ones_like(nodes)
+        return Quadrature(nodes, ones, nodes, ones, columns, True, min(rows, columns))
+    probes = rademacher(num_probes, jacobian.x.shape, jacobian.x, generator or torch.Generator().manual_seed(0))
+    before = jacobian.products
+    bidiagonal = _bidiagonals(jacobian, probes.flatten(1).cpu().double() / math.sqrt(columns), num_steps)
+    full, half = (_gauss(bidiagonal[:, :k, :k], columns) for k in (num_steps, num_steps // 2))
+    return Quadrature(*full, *half, columns, False, jacobian.products - before)
+
+
+def _gauss(bidiagonal: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of the quadrature of each probe, (probes, k)."""
+    _, nodes, right = torch.linalg.svd(bidiagonal)
+    return nodes, size * right[..., 0].square()
+
+
+def _bidiagonals(jacobian: Jacobian, start: Tensor, steps: int) -> Tensor:
+    """Golub-Kahan bidiagonals of all probes side by side, (probes, steps, steps); ``start`` holds unit vectors (probes, n)."""
+    probes, x = len(start), jacobian.x
+    result = torch.zeros(probes, steps, steps, dtype=torch.float64)
+    right, left = start[:, None], start.new_empty(probes, 0, jacobian.shape[0])
+    beta = torch.zeros(probes, dtype=torch.float64)
+    scale = torch.zeros(probes, dtype=torch.float64)
+    for j in range(steps):
+        image = jacobian.jvp(right[:, -1].reshape(probes, *x.shape).to(x)).flatten(1).cpu().double()
+        if j:
+            image = image - beta[:, None] * left[:, -1]
+        image, alpha, scale = _normalised(image, left, scale, x.dtype)
+        left = torch.cat([left, image[:, None]], dim=1)
+        result[:, j, j] = alpha
+        if j + 1 == steps:
+            break
+        pulled = jacobian.vjp(image.reshape(probes, *jacobian.value.shape).to(x)).flatten(1).cpu().double()
+        pulled, beta, scale = _normalised(pulled - alpha[:, None] * right[:, -1], right, scale, x.dtype)
+        right = torch.cat([right, pulled[:, None]], dim=1)
+        result[:, j, j + 1] = beta
+    return result
+
+
+def _normalised(vectors: Tensor, basis: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors (probes, n) orthogonal to each probe's basis (probes, k, n), at unit length, and their lengths.
+
+    A length below rounding ends that probe's recursion: the vector becomes zero, and so does all that follows.
+    """
+    for _ in range(2):
+        vectors = vectors - torch.einsum("pk,pkn->pn", torch.einsum("pkn,pn->pk", basis, vectors), basis)
+    lengths = vectors.norm(dim=1)
+    scale = torch.maximum(scale, lengths)
+    ended = lengths <= 10 * torch.finfo(dtype).eps * scale
+    lengths = torch.where(ended, torch.zeros_like(lengths), lengths)
+    return torch.where(ended[:, None], 0.0, vectors / lengths.clamp_min(torch.finfo(vectors.dtype).tiny)[:, None]), lengths, scale
