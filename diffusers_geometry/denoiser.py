@@ -65,6 +65,7 @@ class Denoiser:
         alpha_t: Signal scale, >= 0.
         sigma_t: Noise scale, > 0.
         select_fn: For a batch whose samples are conditioned differently, maps a sample's index to its own ``denoised_fn``.
+        cancellation: alpha_t |a| where D' = alpha_t (a I + b J) comes from a prediction J: its rounding is that of a I.
 
     Raises:
         ValueError: ``alpha_t < 0`` or ``sigma_t <= 0``.
@@ -77,10 +78,12 @@ class Denoiser:
         alpha_t: float,
         sigma_t: float,
         select_fn: Callable[[int], Callable[[Tensor], Tensor]] | None = None,
+        cancellation: float = 0.0,
     ) -> None:
         if not alpha_t >= 0 or not sigma_t > 0 or not math.isfinite(alpha_t + sigma_t):
             raise ValueError(f"alpha_t={alpha_t}, sigma_t={sigma_t}. Expected finite alpha_t >= 0 and sigma_t > 0.")
         self.alpha_t, self.sigma_t = float(alpha_t), float(sigma_t)
+        self.cancellation = cancellation
         self._denoised_fn, self._select_fn = denoised_fn, select_fn
 
     @classmethod
@@ -101,7 +104,7 @@ class Denoiser:
             prediction_type: What ``fn`` predicts, in diffusers' words.
         """
         a, b = prediction_coefficients(prediction_type, alpha_t, sigma_t)
-        return cls(lambda x_t: a * x_t + b * fn(x_t), alpha_t=alpha_t, sigma_t=sigma_t)
+        return cls(lambda x_t: a * x_t + b * fn(x_t), alpha_t=alpha_t, sigma_t=sigma_t, cancellation=alpha_t * abs(a))
 
     @property
     def sigma(self) -> float:
@@ -124,7 +127,7 @@ class Denoiser:
         """The denoiser of one sample of a batch, which takes any number of points (K, *dims)."""
         if self._select_fn is None:
             return self
-        return Denoiser(self._select_fn(index), alpha_t=self.alpha_t, sigma_t=self.sigma_t)
+        return Denoiser(self._select_fn(index), alpha_t=self.alpha_t, sigma_t=self.sigma_t, cancellation=self.cancellation)
 
     def canonical_map(self, of: Map = "denoised") -> Callable[[Tensor], Tensor]:
         """The map of the module docstring's table, (K, *dims) -> (K, *dims): its Jacobian in x_t is the canonical one."""
@@ -162,4 +165,12 @@ class Denoiser:
             **options: ``chunk_size``, ``derivative``, ``symmetric``, ``generator`` of :class:`~.jacobian.Jacobian`.
         """
         batched = self.canonical_map(of)
-        return Jacobian(lambda x: batched(x[None])[0], x_t, batched_fn=batched, scale=self.sigma_t, **options)
+        options = {"scale": self.sigma_t, "cancellation": self._cancellation(of), **options}
+        return Jacobian(lambda x: batched(x[None])[0], x_t, batched_fn=batched, **options)
+
+    def _cancellation(self, of: Map) -> float:
+        """Size of what cancels in the map's Jacobian: D' itself is subtracted from the identity in the others."""
+        inverse = self.alpha_t / self.sigma_t
+        return {"denoised": self.cancellation, "score": (1 + self.cancellation) * inverse**2}.get(
+            of, (1 + self.cancellation) * inverse
+        )

@@ -54,37 +54,43 @@ def local_scaling(spectrum: Spectrum, relative_threshold: float = 1e-3, rank: in
     Args:
         spectrum: Singular values s, shape (k,). Of an incomplete spectrum psi is that of the values in hand, and not converged
             when all of them count.
-        relative_threshold: Counts s_i > relative_threshold s_1.
+        relative_threshold: Counts s_i > relative_threshold s_1 that stand above their own error (rounding, differences).
         rank: Counts the R largest instead, for comparing samples.
 
     Returns:
-        psi with its counted rank; psi = 0 with rank 0 for a zero map.
+        psi with its counted rank. A zero map has psi = 0 with rank 0 (a sum of nothing), and minus infinity at a given rank.
 
     Raises:
-        ValueError: threshold outside [0, 1), or fewer than ``rank`` positive values.
+        ValueError: threshold outside [0, 1), or fewer than ``rank`` values in hand.
     """
     if not 0 <= relative_threshold < 1:
         raise ValueError(f"relative_threshold={relative_threshold}. Expected 0 <= relative_threshold < 1.")
-    positive = int((spectrum.singular_values > 0).sum())
-    if rank is not None and not 1 <= rank <= positive:
-        raise ValueError(f"rank={rank}. Expected 1 <= rank <= {positive}, the positive singular values in hand.")
-
-    def counted(values: Tensor) -> Tensor:
-        return values[values > relative_threshold * values.max()] if rank is None else values[:rank]
+    in_hand = len(spectrum.singular_values)
+    if rank is not None and not 1 <= rank <= in_hand:
+        raise ValueError(f"rank={rank}. Expected 1 <= rank <= {in_hand}, the singular values in hand.")
+    floor = _floor(spectrum)
+    count = int((spectrum.singular_values > torch.clamp(floor, min=relative_threshold * spectrum.singular_values.max())).sum())
+    count = count if rank is None else rank
 
     def psi(values: Tensor) -> float:
-        kept = counted(values)
-        return kept.clamp_min(math.ulp(0.0)).log().sum().item() if kept.numel() else 0.0
+        return values[:count].log().sum().item() if count else 0.0
 
     result = spectrum.estimate(psi)
-    count = counted(spectrum.singular_values).numel()
     # All values in hand count: of an incomplete spectrum there may be more above the threshold.
     cut = spectrum.complete or rank is not None or count < len(spectrum.singular_values)
     return LocalScaling(result.value, result.sem, result.bias, result.converged and cut, result.products, rank=count)
 
 
+def _floor(spectrum: Spectrum) -> Tensor:
+    """Error below which a singular value is no different from zero, shape (k,)."""
+    zero = torch.zeros_like(spectrum.singular_values)
+    return zero if spectrum.bounds is None or spectrum.restricted else spectrum.bounds
+
+
 def local_rank(spectrum: Spectrum) -> Estimate:
     """Local rank nu = exp(-Σ p_i log p_i), p_i = s_i / Σ s; 0 for a zero map, else in [1, number of values].
+
+    Values that do not stand above their own error are taken for zero.
 
     References:
         What Secrets Do Your Manifolds Hold? (Humayun et al., 2025), https://arxiv.org/abs/2408.08307, Definition 2
@@ -93,9 +99,10 @@ def local_rank(spectrum: Spectrum) -> Estimate:
         spectrum: Singular values s, shape (k,), in any unit: nu is scale free. Of an incomplete spectrum nu is that of the values
             in hand, which is too small by an unknown bias; Lanczos quadrature has it without the spectrum.
     """
+    present = spectrum.singular_values > _floor(spectrum)
 
     def nu(values: Tensor) -> float:
-        positive = values[values > 0]
+        positive = values[present[: len(values)] & (values > 0)]
         if not positive.numel():
             return 0.0
         shares = positive / positive.sum()

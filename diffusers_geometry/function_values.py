@@ -68,6 +68,7 @@ def perturbation_spectrum(columns: Tensor, xi: Tensor, *, centred: bool = True) 
         restricted=kept < min(outputs, xi.shape[1]),
         trace=trace,
         replicates=replicates,
+        samples=count,
     )
 
 

@@ -17,6 +17,7 @@ there ("Trying to use forward AD with _scaled_dot_product_flash_attention_for_cp
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,6 +62,7 @@ class Jacobian:
         symmetric: States that J is symmetric, so that differences may stand in for reverse products.
         scale: Length in x on which J changes, for the difference step; the noise sigma_t for a denoiser.
         generator: Directions along which the difference step is chosen; a fixed seed by default.
+        cancellation: Size of what cancels inside J: 1 for I - sigma J_eps, whose rounding is that of the identity.
 
     Attributes:
         products: Products spent so far (each vector of a stack is one; a central difference is one).
@@ -88,6 +90,7 @@ class Jacobian:
         symmetric: bool = False,
         scale: float = 1.0,
         generator: torch.Generator | None = None,
+        cancellation: float = 0.0,
     ) -> None:
         if x.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"x has dtype {x.dtype}. Expected float32 or float64: derivatives are not taken in less.")
@@ -97,7 +100,7 @@ class Jacobian:
             raise ValueError(f"derivative={derivative!r}. Expected one of {get_args(Derivative)}.")
         self.fn, self.batched_fn, self.chunk_size = fn, batched_fn, chunk_size
         self.derivative, self.symmetric, self.scale, self._generator = derivative, symmetric, scale, generator
-        self.x = x.detach().clone()
+        self.cancellation, self.x = cancellation, x.detach().clone()
         self.products = self.chunk_reductions = 0
         self.backend = "vmap_vjp" if derivative == "autograd" else "difference"
         self.fallback_reason: str | None = None
@@ -119,6 +122,11 @@ class Jacobian:
     def shape(self) -> tuple[int, int]:
         """(m, n): number of outputs, number of inputs."""
         return self.value.numel(), self.x.numel()
+
+    def rounding(self, largest: float) -> float:
+        """Spectral norm of what rounding and differences add to a matrix of products, ``largest`` being J's own norm."""
+        unit = torch.finfo(self.x.dtype).eps * math.sqrt(min(self.shape))
+        return unit * (largest + self.cancellation) + self.step_error * math.sqrt(min(self.shape))
 
     @property
     def has_reverse(self) -> bool:

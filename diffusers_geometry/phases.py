@@ -50,17 +50,31 @@ class Phases:
         return self.labels[step]
 
 
-def snapshot_kind(values: np.ndarray, resolution: float = 0.1, complete: bool = True) -> str:
-    """ "flat", "binary", "graded" or "unresolved" for the largest (or all) singular values of D', descending, shape (k,)."""
+def snapshot_kind(values: np.ndarray, resolution: float = 0.1, spread: float = 0.0, unseen: float = 0.0) -> str:
+    """ "flat", "binary", "graded" or "unresolved" for singular values of D', descending, shape (k,).
+
+    Args:
+        values: All of them, or the largest.
+        resolution: Delta.
+        spread: Relative half-width that sampling gives a kept value; it lowers the threshold 1 - Delta.
+        unseen: What the values that are not in hand lie below; 0 if there are none, infinity if nothing is known of them.
+    """
+    if np.isinf(unseen):
+        return "unresolved"
     if (values < resolution).all():
         return "flat"
-    if ((values >= resolution) & (values <= 1 - resolution)).any():
+    if ((values >= resolution) & (values <= (1 - resolution) * (1 - spread))).any():
         return "graded"
-    return "binary" if complete or values[-1] < resolution else "unresolved"
+    return "binary" if unseen < resolution else "unresolved"
 
 
 def phases_by_eigenvalues(
-    sigmas: np.ndarray, values: list[np.ndarray], resolution: float = 0.1, complete: Sequence[bool] | None = None
+    sigmas: np.ndarray,
+    values: list[np.ndarray],
+    resolution: float = 0.1,
+    *,
+    spreads: Sequence[np.ndarray] | None = None,
+    unseen: Sequence[np.ndarray | None] | None = None,
 ) -> Phases:
     """Phases by the flat / graded / binary rule.
 
@@ -68,16 +82,27 @@ def phases_by_eigenvalues(
         sigmas: Noise of the recorded steps, shape (steps,), may hold infinity.
         values: Per step, singular values of D', descending, shape (batch, k).
         resolution: Delta, in (0, 0.5).
-        complete: Per step, whether these are all singular values; by default they are.
+        spreads: Per step, see :func:`snapshot_kind`, shape (batch,).
+        unseen: Per step, see :func:`snapshot_kind`, shape (batch,); None for a complete spectrum.
     """
     _check(sigmas, values, resolution)
-    complete = [True] * len(values) if complete is None else complete
-    kinds = np.array([[snapshot_kind(v, resolution, c) for v in step] for step, c in zip(values, complete, strict=True)])
+    spreads = spreads or [np.zeros(len(step)) for step in values]
+    bounds = [np.zeros(len(v)) if u is None else u for v, u in zip(values, unseen or [None] * len(values), strict=True)]
+    kinds = np.array(
+        [
+            [snapshot_kind(v, resolution, s, u) for v, s, u in zip(*step, strict=True)]
+            for step in zip(values, spreads, bounds, strict=True)
+        ]
+    )
     return _from_kinds(np.asarray(sigmas, float), kinds == "flat", kinds == "binary", kinds == "unresolved")
 
 
 def phases_by_gaps(
-    sigmas: np.ndarray, gaps: list[np.ndarray], resolution: float = 0.1, last_values: list[np.ndarray] | None = None
+    sigmas: np.ndarray,
+    gaps: list[np.ndarray],
+    resolution: float = 0.1,
+    *,
+    unseen: Sequence[np.ndarray | None] | None = None,
 ) -> Phases:
     """Phases by the gap rule.
 
@@ -85,23 +110,19 @@ def phases_by_gaps(
         sigmas: Noise of the recorded steps, shape (steps,).
         gaps: Per step, drops after each singular value of D', shape (batch, k).
         resolution: Smallest gap that counts, in (0, 0.5).
-        last_values: Per step, the smallest singular value in hand, shape (batch,): drops beyond it are smaller than it. By
-            default the spectra are complete.
+        unseen: Per step, what the values not in hand lie below, shape (batch,): drops among them are smaller than it.
     """
     _check(sigmas, gaps, resolution)
     final = gaps[int(np.argmin(sigmas))].argmax(axis=1)
     none, only_final, unresolved = [], [], []
-    for i, step in enumerate(gaps):
+    for step, bound in zip(gaps, unseen or [None] * len(gaps), strict=True):
         large = step >= resolution
-        hidden = np.zeros(len(step), bool) if last_values is None else last_values[i] >= resolution
+        hidden = np.zeros(len(step), bool) if bound is None else bound >= resolution
+        at_final = large & (np.arange(step.shape[1]) == final[:, None])
+        others = (large & ~at_final).any(axis=1) & (np.isfinite(bound) if bound is not None else True)
         none.append(~large.any(axis=1) & ~hidden)
-        others = large.copy()
-        samples = np.flatnonzero(final < step.shape[1])
-        others[samples, final[samples]] = False
-        at_final = np.zeros(len(step), bool)
-        at_final[samples] = large[samples, final[samples]]
-        only_final.append(at_final & ~others.any(axis=1) & ~hidden)
-        unresolved.append(hidden & ~others.any(axis=1))
+        only_final.append(at_final.any(axis=1) & ~others & ~hidden)
+        unresolved.append(hidden & ~others)
     return _from_kinds(np.asarray(sigmas, float), np.array(none), np.array(only_final), np.array(unresolved))
 
 

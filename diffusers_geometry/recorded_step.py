@@ -103,7 +103,11 @@ class RecordedStep:
             return (a * points + b * model_output(points, index)).reshape(x_t.shape)
 
         return Denoiser(
-            denoised, alpha_t=self.alpha_t, sigma_t=self.sigma_t, select_fn=lambda i: functools.partial(denoised, index=i)
+            denoised,
+            alpha_t=self.alpha_t,
+            sigma_t=self.sigma_t,
+            select_fn=lambda i: functools.partial(denoised, index=i),
+            cancellation=self.alpha_t * abs(a),
         )
 
     def _stacked(self, x_t: Tensor, index: int | None) -> Tensor:

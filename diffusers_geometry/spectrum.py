@@ -54,6 +54,7 @@ class Spectrum:
         trace: tr J of a square J, else None.
         replicates: Singular values with one group of random samples left out, shape (groups, k); None if not random.
         step: The difference step h, for central differences.
+        samples: Random samples N that the values come from (perturbation), else None.
         left: Left singular vectors u of the non-zero values as columns, shape (m, k), where asked for; J v = s u in sign too.
         right: Right singular vectors v, shape (n, k).
         details: What the method did: block size, why it stopped.
@@ -73,6 +74,7 @@ class Spectrum:
     trace: Estimate | None = None
     replicates: Tensor | None = None
     step: float | None = None
+    samples: int | None = None
     left: Tensor | None = None
     right: Tensor | None = None
     details: dict[str, Any] = field(default_factory=dict)
@@ -106,6 +108,13 @@ class Spectrum:
     def bound(self) -> float:
         """The largest of ``bounds``; 0 where there is none."""
         return 0.0 if self.bounds is None else self.bounds.max().item()
+
+    @property
+    def spread(self) -> float:
+        """Relative half-width sqrt(k/N) over which N samples spread a k-fold value, k those above half the largest."""
+        if self.samples is None:
+            return 0.0
+        return math.sqrt(int((self.singular_values > self.singular_values.max() / 2).sum()) / self.samples)
 
     @property
     def singular_value_sems(self) -> Tensor:
@@ -144,7 +153,7 @@ def dense_spectrum(jacobian: Jacobian) -> Spectrum:
     """All singular values from the dense Jacobian; exact for an automatic derivative; min(m, n) products."""
     before = jacobian.products
     matrix = jacobian.dense()
-    bound = jacobian.step_error * math.sqrt(min(matrix.shape))
+    bound = jacobian.rounding(torch.linalg.matrix_norm(matrix.cpu().double(), 2).item())
     return matrix_spectrum(matrix, method="dense", products=jacobian.products - before, bound=bound, step=jacobian.step)
 
 
@@ -193,8 +202,12 @@ def golub_kahan_spectrum(
         raise ValueError(f"tol={tol}, block_size={block_size}. Expected 0 < tol < 1 and block_size >= 1.")
     block_size = min(block_size, limit)
     budget = 4 * limit if max_products is None else max_products
-    if budget < 2 * block_size:
-        raise ValueError(f"max_products={budget}. Expected at least {2 * block_size}, one step with block_size={block_size}.")
+    least = 2 * max(block_size, num_singular_values)
+    if budget < least:
+        raise ValueError(
+            f"max_products={budget}. Expected at least {least}: two for each of {num_singular_values} singular values and for each "
+            f"direction of a block of {block_size}."
+        )
     krylov = _Krylov(jacobian, generator or torch.Generator().manual_seed(0))
     krylov.add_fresh(block_size)
     while True:
@@ -244,7 +257,7 @@ class _Krylov:
     @property
     def noise(self) -> float:
         """Error of a product of norm ``scale``, below which a direction is rounding."""
-        return 10 * torch.finfo(self.jacobian.x.dtype).eps * self.scale + self.jacobian.step_error
+        return 10 * torch.finfo(self.jacobian.x.dtype).eps * (self.scale + self.jacobian.cancellation) + self.jacobian.step_error
 
     def add_fresh(self, count: int) -> None:
         """Adds random directions, orthogonal to all others, to the next block."""
@@ -290,14 +303,15 @@ class _Krylov:
         return _Ritz(values, residuals, unwanted, self.noise, p, q.T)
 
     def spectrum(self, ritz: _Ritz, wanted: int, tol: float, stopped: str, vectors: bool, block_size: int) -> Spectrum:
-        """The result; values beyond the rank of an exhausted map are zero."""
+        """The result. Values that the bases do not show are zero: exactly so when exhausted, else up to the last one shown."""
         shape, missing = self.jacobian.shape, max(0, wanted - len(ritz.values))
-        padding = torch.zeros(missing if stopped == "exhausted" else 0, dtype=torch.float64)
+        padding = torch.zeros(missing, dtype=torch.float64)
+        unseen = ritz.noise if stopped == "exhausted" else max([self.scale, *ritz.values[-1:].tolist()])
         values, errors, bounds = (
             torch.cat([column[:wanted], padding + extra])
-            for column, extra in ((ritz.values, 0.0), (ritz.errors, ritz.noise), (ritz.residuals, ritz.noise))
+            for column, extra in ((ritz.values, 0.0), (ritz.errors, unseen), (ritz.residuals, unseen))
         )
-        converged = torch.cat([ritz.converged(tol)[:wanted], padding == 0])
+        converged = torch.cat([ritz.converged(tol)[:wanted], padding > 0])
         return Spectrum(
             values, shape, "golub_kahan", self.products, complete=len(values) == min(shape),
             bounds=bounds, errors=errors, converged=converged if stopped != "exhausted" else torch.ones_like(converged),
@@ -349,7 +363,7 @@ def _orthogonal(columns: Tensor, basis: Tensor, noise: float) -> tuple[Tensor, T
     rest, coefficients = rest - basis @ again, coefficients + again
     if not rest.shape[1]:
         return rest, coefficients, rest.new_empty(0, 0)
-    u, s, v = torch.linalg.svd(rest, full_matrices=False)
+    u, s, _ = torch.linalg.svd(rest, full_matrices=False)
     kept = s > max(noise, 1e-14 * columns.norm().item())
     new = u[:, kept]
     new = torch.linalg.qr(new - basis @ (basis.T @ new))[0] if new.shape[1] else new
@@ -394,7 +408,7 @@ def randomized_spectrum(
     values = torch.linalg.svdvals(rows)[:num_singular_values]
     missed = images[:, count:] - basis @ (basis.T @ images[:, count:])
     bound = 10 * math.sqrt(2 / math.pi) * missed.norm(dim=0).max().item()
-    bounds = torch.full_like(values, bound + 10 * torch.finfo(x.dtype).eps * values[0].item() + jacobian.step_error)
+    bounds = torch.full_like(values, bound + jacobian.rounding(values[0].item()))
     return Spectrum(
         values, jacobian.shape, "randomized", jacobian.products - before, complete=len(values) == limit, bounds=bounds,
         converged=bounds <= 1e-3 * values, details={"k": num_singular_values, "num_oversamples": num_oversamples, "bias": -bound},

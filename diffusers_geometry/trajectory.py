@@ -9,159 +9,25 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .descriptors import local_rank, local_scaling
-from .dimension import gap_dim, spectral_gaps
-from .estimate import Estimate
 from .phases import Phases, phases_by_eigenvalues, phases_by_gaps
-from .spectrum import Spectrum
+from .step_geometry import StepGeometry, pack_step, unpack_step
 from .storage import pack_images, unpack_images, write_together
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
-JSON_NAME, ARRAYS_NAME = "trace.json", "trace.safetensors"
+JSON_NAME, ARRAYS_NAME, FORMAT = "trace.json", "trace.safetensors", 2
 
 
-@dataclass(frozen=True)
-class BatchEstimate:
-    """One :class:`~diffusers_geometry.estimate.Estimate` per sample.
-
-    Attributes:
-        value: Shape (batch,).
-        sem: Standard errors, shape (batch,); NaN where not known.
-        bias: Systematic errors, shape (batch,); NaN where not known.
-        converged: Shape (batch,).
-    """
-
-    value: np.ndarray
-    sem: np.ndarray
-    bias: np.ndarray
-    converged: np.ndarray
-
-    @classmethod
-    def stack(cls, estimates: Sequence[Estimate]) -> BatchEstimate:
-        """From one estimate a sample."""
-
-        def column(name: str) -> np.ndarray:
-            return np.array([math.nan if getattr(e, name) is None else getattr(e, name) for e in estimates], dtype=np.float64)
-
-        return cls(column("value"), column("sem"), column("bias"), column("converged").astype(bool))
-
-    def __float__(self) -> float:
-        """The value of a batch of one; raises TypeError for more."""
-        if len(self.value) != 1:
-            raise TypeError(f"{len(self.value)} samples are not one number. Expected a batch of one; use .value[i].")
-        return float(self.value[0])
-
-
-@dataclass(frozen=True)
-class StepGeometry:
-    """The geometry at one recorded step; arrays are float64 with the batch first.
-
-    Attributes:
-        index: Loop position.
-        timestep: As the scheduler has it.
-        alpha_t: Signal scale of the sample.
-        sigma_t: Noise scale of the sample.
-        engine: "replay" or "drive".
-        certificate_error: The engine's certified relative error.
-        refusal: Why replay was refused, or None.
-        method: "dense", "perturbation" or "central_difference".
-        backend: How derivatives were taken ("vmap_vjp", "stacked_grad", "looped_grad"), or "function_values".
-        products: Jacobian products spent on all samples of this step.
-        singular_values: Of the chosen map, descending, (batch, k).
-        singular_value_sems: Their standard errors, (batch, k).
-        singular_value_bound: Estimated largest error of one of them that is not statistical, (batch,).
-        denoised_singular_values: Of D', descending, (batch, k'); phases, gaps and dimensions are read from these.
-        eigenvalues: Of the symmetric part of D', descending, (batch, d); None unless D' was in hand.
-        gaps: Drops after each singular value of D', (batch, k').
-        local_scaling: psi of the chosen map, nats.
-        local_scaling_rank: Number of values psi sums, (batch,).
-        local_rank: nu of the chosen map.
-        effective_dimension: tr D'; None where the method does not give it.
-        gap_dim: Position of the largest gap of D'.
-        asymmetry: |D' - D'ᵀ|_F / |D' + D'ᵀ|_F, (batch,); None unless D' was in hand.
-        phase: "trivial", "coverage" or "consolidation" within its trace, (batch,).
-        flipd: None: not computed by this version.
-    """
-
-    index: int
-    timestep: float
-    alpha_t: float
-    sigma_t: float
-    engine: str
-    certificate_error: float
-    refusal: str | None
-    method: str
-    backend: str
-    products: int
-    singular_values: np.ndarray
-    singular_value_sems: np.ndarray
-    singular_value_bound: np.ndarray
-    denoised_singular_values: np.ndarray
-    gaps: np.ndarray
-    local_scaling: BatchEstimate
-    local_scaling_rank: np.ndarray
-    local_rank: BatchEstimate
-    gap_dim: BatchEstimate
-    effective_dimension: BatchEstimate | None = None
-    eigenvalues: np.ndarray | None = None
-    asymmetry: np.ndarray | None = None
-    phase: np.ndarray | None = None
-    flipd: BatchEstimate | None = None
-
-    @property
-    def sigma(self) -> float:
-        """Variance-exploding noise sigma_t / alpha_t; infinite at alpha_t = 0."""
-        return self.sigma_t / self.alpha_t if self.alpha_t > 0 else math.inf
-
-    @classmethod
-    def from_spectra(
-        cls,
-        spectra: Sequence[Spectrum],
-        denoised: Sequence[Spectrum],
-        *,
-        relative_threshold: float,
-        rank: int | None,
-        num_singular_values: int | None,
-        **step: Any,
-    ) -> StepGeometry:
-        """From the spectra of the chosen map and of D', one a sample."""
-
-        def stacked(tensors: Any) -> np.ndarray:
-            return np.stack([t.numpy()[:num_singular_values] for t in tensors])
-
-        scaling = [local_scaling(s, relative_threshold, rank) for s in spectra]
-        in_hand = all(s.eigenvalues is not None for s in denoised)
-        return cls(
-            method=spectra[0].method,
-            products=sum(s.products for s in spectra),
-            singular_values=stacked(s.singular_values for s in spectra),
-            singular_value_sems=stacked(s.singular_value_sems for s in spectra),
-            singular_value_bound=np.array([s.bound for s in spectra]),
-            denoised_singular_values=np.stack([s.singular_values.numpy() for s in denoised]),
-            gaps=np.stack([spectral_gaps(s).numpy() for s in denoised]),
-            local_scaling=BatchEstimate.stack(scaling),
-            local_scaling_rank=np.array([s.rank for s in scaling]),
-            local_rank=BatchEstimate.stack([local_rank(s) for s in spectra]),
-            gap_dim=BatchEstimate.stack([gap_dim(s) for s in denoised]),
-            effective_dimension=BatchEstimate.stack([s.trace for s in denoised]) if all(s.trace for s in denoised) else None,
-            eigenvalues=np.stack([s.eigenvalues.numpy() for s in denoised]) if in_hand else None,
-            asymmetry=np.array([s.asymmetry for s in denoised]) if in_hand else None,
-            **step,
-        )
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GeometryTrace:
     """All numbers of one run.
 
@@ -188,13 +54,25 @@ class GeometryTrace:
     def phases(self) -> Phases:
         """Phases by the eigenvalue rule at ``settings["phase_resolution"]``."""
         values = [step.denoised_singular_values for step in self.steps]
-        return phases_by_eigenvalues(self.sigmas, values, self.settings.get("phase_resolution", 0.1))
+        spreads = [step.denoised_spread for step in self.steps]
+        unseen = [None if step.denoised_complete else self._last_in_hand(step) for step in self.steps]
+        return phases_by_eigenvalues(self.sigmas, values, self._resolution, spreads=spreads, unseen=unseen)
 
     @cached_property
     def phases_by_gap(self) -> Phases:
         """Phases by the gap rule at the same resolution."""
         gaps = [step.gaps for step in self.steps]
-        return phases_by_gaps(self.sigmas, gaps, self.settings.get("phase_resolution", 0.1))
+        unseen = [None if step.denoised_complete else self._last_in_hand(step) for step in self.steps]
+        return phases_by_gaps(self.sigmas, gaps, self._resolution, unseen=unseen)
+
+    @property
+    def _resolution(self) -> float:
+        return self.settings.get("phase_resolution", 0.1)
+
+    @staticmethod
+    def _last_in_hand(step: StepGeometry) -> np.ndarray:
+        """What the values of D' that are not in hand lie below, (batch,); nothing is known from random directions."""
+        return step.denoised_singular_values[:, -1] if not step.denoised_restricted else np.full(len(step.gaps), np.inf)
 
     @cached_property
     def manifold_dims(self) -> list[int | None]:
@@ -218,6 +96,8 @@ class GeometryTrace:
                     "nu": step.local_rank,
                     "effective_dimension": step.effective_dimension,
                     "gap_dim": step.gap_dim,
+                    "flipd": step.flipd,
+                    "log_volume": step.log_volume,
                 }
                 row = {
                     "step": step.index, "sample": b, "timestep": step.timestep, "sigma": _finite(step.sigma),
@@ -227,6 +107,8 @@ class GeometryTrace:
                 for name, estimate in estimates.items():
                     row[name] = None if estimate is None else _finite(estimate.value[b])
                     row[f"{name}_sem"] = None if estimate is None else _finite(estimate.sem[b])
+                    row[f"{name}_bias"] = None if estimate is None else _finite(estimate.bias[b])
+                    row[f"{name}_converged"] = None if estimate is None else bool(estimate.converged[b])
                 row |= {
                     "psi_rank": int(step.local_scaling_rank[b]),
                     "asymmetry": None if step.asymmetry is None else _finite(step.asymmetry[b]),
@@ -266,9 +148,9 @@ class GeometryTrace:
 
         arrays: dict[str, np.ndarray] = {}
         document = {
-            "format": 1,
+            "format": FORMAT,
             "settings": self.settings,
-            "steps": [_pack(step, f"steps.{i}.", arrays) for i, step in enumerate(self.steps)],
+            "steps": [pack_step(step, f"steps.{i}.", arrays) for i, step in enumerate(self.steps)],
             "images": pack_images(self.images, arrays),
         }
         contents = {
@@ -286,35 +168,10 @@ class GeometryTrace:
         if not (path / JSON_NAME).is_file() or not (path / ARRAYS_NAME).is_file():
             raise FileNotFoundError(f"{path} holds no trace. Expected the files {JSON_NAME} and {ARRAYS_NAME}.")
         document, arrays = json.loads((path / JSON_NAME).read_text()), load_file(path / ARRAYS_NAME)
-        if document.get("format") != 1:
-            raise ValueError(f"{path / JSON_NAME} has format {document.get('format')!r}. Expected 1.")
-        steps = tuple(_unpack(step, arrays) for step in document["steps"])
+        if document.get("format") != FORMAT:
+            raise ValueError(f"{path / JSON_NAME} has format {document.get('format')!r}. Expected {FORMAT}: analyse again.")
+        steps = tuple(unpack_step(step, arrays) for step in document["steps"])
         return cls(steps, document["settings"], unpack_images(document["images"], arrays))
-
-
-def _pack(step: StepGeometry, prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    packed: dict[str, Any] = {}
-    for name in (f.name for f in fields(step) if f.name != "phase"):
-        value = getattr(step, name)
-        if isinstance(value, BatchEstimate):
-            packed[name] = {"estimate": f"{prefix}{name}"}
-            arrays |= {f"{prefix}{name}.{f.name}": getattr(value, f.name) for f in fields(value)}
-        elif isinstance(value, np.ndarray):
-            packed[name] = {"array": f"{prefix}{name}"}
-            arrays[f"{prefix}{name}"] = value
-        else:
-            packed[name] = value
-    return packed
-
-
-def _unpack(packed: dict[str, Any], arrays: dict[str, np.ndarray]) -> StepGeometry:
-    values: dict[str, Any] = {}
-    for name, value in packed.items():
-        if isinstance(value, dict) and "estimate" in value:
-            values[name] = BatchEstimate(*(arrays[f"{value['estimate']}.{f.name}"] for f in fields(BatchEstimate)))
-        else:
-            values[name] = arrays[value["array"]] if isinstance(value, dict) else value
-    return StepGeometry(**values)
 
 
 def _finite(value: float) -> float | None:

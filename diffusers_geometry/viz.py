@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .trajectory import GeometryTrace
 
-PHASE_COLOURS = {"trivial": "#d9d9d9", "coverage": "#9ecae1", "consolidation": "#fdae6b"}
+PHASE_COLOURS = {"trivial": "#d9d9d9", "coverage": "#9ecae1", "consolidation": "#fdae6b", "unresolved": "#ffffff"}
 _MAP_NAMES = {"denoised": "D'", "score": "score Jacobian", "epsilon": "epsilon Jacobian"}
 
 
@@ -82,7 +82,7 @@ def _draw_descriptors(axes: Axes, trace: GeometryTrace, sample: int) -> None:
         estimates = [s.effective_dimension for s in trace.steps]
         handles.append(_errorbar(axes, position, estimates, sample, "#33a02c", "^", "effective dimension tr D'"))
     axes.set_ylabel("directions")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.tick_params(labelbottom=False)
     right = axes.twinx()
     handles.append(_errorbar(right, position, [s.local_scaling for s in trace.steps], sample, "#6a3d9a", "o", f"ψ of {name}"))
@@ -93,9 +93,15 @@ def _draw_descriptors(axes: Axes, trace: GeometryTrace, sample: int) -> None:
 
 
 def _errorbar(axes: Axes, position: np.ndarray, estimates: list, sample: int, colour: str, marker: str, label: str) -> Any:
+    """Values with their standard errors; hollow markers where the error is not known."""
     value = np.array([e.value[sample] for e in estimates])
-    sem = np.nan_to_num(np.array([e.sem[sample] for e in estimates]))
-    return axes.errorbar(position, value, yerr=sem, color=colour, marker=marker, markersize=4, linewidth=1.2, label=label)
+    sem = np.array([e.sem[sample] for e in estimates])
+    unknown = np.isnan(sem)
+    bar = axes.errorbar(
+        position, value, yerr=np.nan_to_num(sem), color=colour, marker=marker, markersize=4, linewidth=1.2, label=label
+    )
+    axes.plot(position[unknown], value[unknown], marker, color=colour, markersize=5, markerfacecolor="white", zorder=3)
+    return bar
 
 
 def _draw_phases(axes: Axes, trace: GeometryTrace, sample: int) -> None:
@@ -110,8 +116,9 @@ def _draw_phases(axes: Axes, trace: GeometryTrace, sample: int) -> None:
     shown = range(0, len(trace.steps), math.ceil(len(trace.steps) / 12))
     axes.set_xticks(shown, [_sigma_label(trace.sigmas[i]) for i in shown])
     axes.set_xlabel("noise σ at the recorded steps (generation runs to the right)")
-    patches = [Patch(color=colour, label=phase) for phase, colour in PHASE_COLOURS.items()]
-    axes.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=9, frameon=False)
+    shown_phases = [p for p in PHASE_COLOURS if p != "unresolved" or any((r.labels == p).any() for _, r in rules)]
+    patches = [Patch(facecolor=PHASE_COLOURS[p], edgecolor="#bbbbbb", label=p) for p in shown_phases]
+    axes.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=9, frameon=False)
 
 
 def _sigma_label(sigma: float) -> str:
