@@ -25,6 +25,9 @@ _HOME = {
     "GeometryTrace": "trajectory",
     "Jacobian": "jacobian",
     "Spectrum": "spectrum",
+    "dense_spectrum": "spectrum",
+    "estimate_trace": "stochastic",
+    "golub_kahan_spectrum": "golub_kahan",
     "record": "capture",
     "with_geometry": "mixin",
 }
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from .capture import record as record
     from .denoiser import Denoiser as Denoiser
     from .estimate import Estimate as Estimate
+    from .golub_kahan import golub_kahan_spectrum as golub_kahan_spectrum
     from .jacobian import Jacobian as Jacobian
     from .mixin import GeometryDDIMPipeline as GeometryDDIMPipeline
     from .mixin import GeometryDDPMPipeline as GeometryDDPMPipeline
@@ -47,6 +51,8 @@ if TYPE_CHECKING:
     from .mixin import GeometryStableDiffusionXLPipeline as GeometryStableDiffusionXLPipeline
     from .mixin import with_geometry as with_geometry
     from .spectrum import Spectrum as Spectrum
+    from .spectrum import dense_spectrum as dense_spectrum
+    from .stochastic import estimate_trace as estimate_trace
     from .trajectory import GeometryTrace as GeometryTrace
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import platform
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -14,24 +16,17 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .capture import record
-from .denoiser import MAPS, Denoiser, Map
+from .denoiser import Map
+from .jacobian import Derivative
+from .plan import GeometryPlan, choose_within_limits, plan_probe, plan_recording
 from .precision import to_float32
+from .probe import PointGeometry, Probe
 from .recorded_step import Branch, Engine, RecordedStep
-from .spectrum import (
-    Spectrum,
-    central_difference_columns,
-    central_difference_spectrum,
-    choose_step,
-    matrix_spectrum,
-    orthonormal_directions,
-    perturbation_columns,
-    perturbation_spectrum,
-)
-from .trajectory import GeometryTrace, StepGeometry
+from .settings import checked_settings, probe_request
+from .step_geometry import BatchEstimate, StepGeometry
+from .trajectory import GeometryTrace
 
-SpectrumMethod = Literal["auto", "dense", "perturbation", "central_difference"]
-METHODS = ("auto", "dense", "perturbation", "central_difference")
-MAX_DENSE = 4096  # inputs; a float32 matrix of 64 MiB
+SpectrumMethod = Literal["auto", "dense", "golub_kahan", "randomized", "perturbation", "central_difference"]
 
 
 def analyze_geometry(
@@ -43,12 +38,22 @@ def analyze_geometry(
     num_singular_values: int | None = None,
     of: Map = "denoised",
     branch: Branch = "guided",
+    flipd: bool = False,
+    log_volume_epsilon: float | None = None,
+    log_volume_probes: int = 16,
+    log_volume_steps: int = 30,
     max_products: int | None = None,
+    max_probe_seconds: float | None = None,
+    max_probe_memory: int | None = None,
     relative_threshold: float = 1e-3,
     psi_rank: int | None = None,
     phase_resolution: float = 0.1,
     centred: bool = True,
+    derivative: Derivative = "autograd",
+    symmetric: bool = False,
     probe_engine: Engine = "auto",
+    probe_tolerance: float = 1e-3,
+    probe_block_size: int = 4,
     probe_chunk_size: int = 32,
     probe_seed: int = 0,
     progress: bool = True,
@@ -60,118 +65,123 @@ def analyze_geometry(
         pipe: A diffusers pipeline; it generates as always, with every argument passed through.
         *args: Arguments of the pipeline's call.
         record_steps: How many loop positions (spread over the run), which ones, or "all".
-        spectrum: "dense" (exact), "perturbation" (Algorithm 1 of arXiv:2410.05898, at the final sample) or
-            "central_difference" (Algorithm 2, at x_t); "auto" is dense, or says why it cannot be.
-        num_singular_values: Keep only the largest ones in the trace; the descriptors see all that were computed.
+        spectrum: "dense" (exact), "golub_kahan" (the largest values, any dimension), "randomized" (range finder of
+            arXiv:2408.08307), "perturbation" (Algorithm 1 of arXiv:2410.05898, at the final sample) or "central_difference"
+            (Algorithm 2, at x_t); "auto" is dense or Golub-Kahan, by dimension, wanted values and limits.
+        num_singular_values: How many of the largest; all (or 16, by Golub-Kahan and "randomized") if None.
         of: The map: "denoised" (D'), "score" ((D' - I) / sigma^2) or "epsilon" ((I - D') / sigma).
         branch: "guided" (what the sampler follows), "conditional" or "unconditional".
+        flipd: Also take the local intrinsic dimension at the final sample, on the conditional branch, at every step's noise.
+        log_volume_epsilon: Also take 1/2 log det(J^T J + epsilon^2) over all d values, by Lanczos quadrature with error bars;
+            nu is then over all values too.
+        log_volume_probes: Its random probes.
+        log_volume_steps: Its Lanczos steps.
         max_products: Budget per recorded step and sample. Dense needs the dimension d; Algorithm 1 takes this many samples
-            (default 4 d), Algorithm 2 this many directions (default d).
+            (default 4 d), Algorithm 2 this many directions (default d, and up to 40 more to choose its step).
+        max_probe_seconds: Limit for all probing; products are then timed, and the method or Golub-Kahan's budget follows.
+        max_probe_memory: Limit in bytes for matrices, bases and products in flight; sets method and chunk size.
         relative_threshold: psi counts singular values above this share of the largest.
         psi_rank: psi counts this many instead, for comparing samples.
         phase_resolution: Delta of the phase rules.
-        centred: Centre Algorithm 1's columns.
+        centred: Centre Algorithm 1's columns for the chosen map (D' is always centred).
+        derivative: "autograd", or "difference" for a network that gives no gradients.
+        symmetric: States that the Jacobian is symmetric, so that a black box can be probed by Golub-Kahan.
         probe_engine: "auto", "replay" or "drive", see :func:`~diffusers_geometry.capture.record`.
+        probe_tolerance: Relative error at which a singular value of Golub-Kahan has converged.
+        probe_block_size: Directions that Golub-Kahan advances together.
         probe_chunk_size: Products taken at once.
         probe_seed: Seed of every random probe.
         progress: Show a bar over the recorded steps.
         **kwargs: Arguments of the pipeline's call.
 
     Returns:
-        The trace; phases and dimensions are read from D' whatever the map.
+        The trace; phases and dimensions are read from D' whatever the map. ``settings["plan"]`` says what was planned.
 
     Raises:
-        ValueError: an argument out of range, an unknown scheduler, a budget that the method cannot meet.
-        RuntimeError: a step that cannot be evaluated again.
+        ValueError: an argument out of range, an unknown scheduler, a limit that no method can meet.
+        RuntimeError: a step that cannot be evaluated again, a run that did not reach the steps it was to record.
         FloatingPointError: the network returned NaN or infinity.
     """
-    _check(spectrum, of, num_singular_values, max_products, relative_threshold, psi_rank, phase_resolution)
-    settings = {
-        "record_steps": record_steps if isinstance(record_steps, (int, str)) else list(record_steps),
-        "spectrum": spectrum, "num_singular_values": num_singular_values, "of": of, "branch": branch,
-        "max_products": max_products, "relative_threshold": relative_threshold, "psi_rank": psi_rank,
-        "phase_resolution": phase_resolution, "centred": centred, "probe_engine": probe_engine,
-        "probe_chunk_size": probe_chunk_size, "probe_seed": probe_seed, **_provenance(pipe),
-    }  # fmt: skip
-    with record(pipe, record_steps, engine=probe_engine) as recording:
+    settings = checked_settings(locals())
+    request = probe_request(settings)
+    with record(pipe, settings["record_steps"], engine=probe_engine, derivative=derivative) as recording:
+        recording.before_first = functools.partial(_refuse_early, request, settings)
         output = pipe(*args, **kwargs)
+    recording.check_complete()
     sizes = {len(step.sample) for step in recording}
     if len(sizes) != 1:
         raise ValueError(f"the recorded steps carry {sorted(sizes)} samples. Expected one batch size throughout the run.")
-    probe = _Probe(spectrum, of, max_products, centred, probe_chunk_size)
-    steps = []
+    plan, _ = choose_within_limits(recording[0], len(recording) * sizes.pop(), settings, request)
+    probe, steps = Probe(plan), []
     for step in tqdm(recording, desc="geometry", unit="step", disable=not progress):
-        denoiser, pairs = step.branch(branch), []
-        for sample in range(len(step.sample)):
-            point = recording.final_sample[sample] if spectrum == "perturbation" else step.sample[sample]
-            seed = np.random.SeedSequence([probe_seed, step.index, sample]).generate_state(1, np.uint64)[0]
-            generator = torch.Generator().manual_seed(int(seed))
-            pairs.append(probe.spectra(denoiser.select(sample), point, generator))
-        steps.append(_step_geometry(step, pairs, probe.backend, relative_threshold, psi_rank, num_singular_values))
-    return GeometryTrace(tuple(steps), settings, _images(output))
+        steps.append(_step_geometry(step, _probe_batch(probe, step, recording.final_sample, settings), settings))
+    return GeometryTrace(tuple(steps), settings | {"plan": plan.as_dict()} | _provenance(pipe), _images(output))
 
 
-class _Probe:
-    """Takes the spectra of the chosen map and of D' at one point, by one method."""
+def plan_geometry(pipe: Any, /, *args: Any, **kwargs: Any) -> GeometryPlan:
+    """What :func:`analyze_geometry` would cost with the same arguments: products, seconds and memory, before they are spent.
 
-    def __init__(self, method: str, of: Map, max_products: int | None, centred: bool, chunk_size: int) -> None:
-        self.method, self.of, self.max_products = method, of, max_products
-        self.centred, self.chunk_size = centred, chunk_size
-        self.backend = "function_values"
+    Runs the pipeline up to its first recorded step, times one product of each kind there, and stops.
 
-    def spectra(self, denoiser: Denoiser, point: Tensor, generator: torch.Generator) -> tuple[Spectrum, Spectrum]:
-        """(spectrum of the map, spectrum of D') from the same products."""
-        point = to_float32(point)
-        take = {"perturbation": self._perturbation, "central_difference": self._central_difference}.get(self.method, self._dense)
-        return take(denoiser, point, generator)
+    Args:
+        pipe: A diffusers pipeline.
+        *args: Arguments of the pipeline's call.
+        **kwargs: Those of :func:`analyze_geometry`, and arguments of the pipeline's call.
 
-    def _dense(self, denoiser: Denoiser, point: Tensor, generator: torch.Generator) -> tuple[Spectrum, Spectrum]:
-        size = point.numel()
-        budget = size if self.max_products is None else self.max_products
-        if budget < size or (self.method == "auto" and size > MAX_DENSE):
-            raise ValueError(
-                f"a dense Jacobian of d={size} takes {size} products, more than "
-                f"{f'max_products={budget}' if budget < size else f'the {MAX_DENSE} that auto allows'}. Expected a larger budget "
-                "(spectrum='dense' to insist), or spectrum='central_difference' with max_products directions, at least twice "
-                "the dimension you look for."
+    Raises:
+        ValueError: as :func:`analyze_geometry`, so a request that cannot be met is refused with what can.
+    """
+    own = {p.name: p.default for p in inspect.signature(analyze_geometry).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    call = {name: value for name, value in kwargs.items() if name not in own}
+    settings = checked_settings(own | {name: value for name, value in kwargs.items() if name in own})
+    return plan_recording(pipe, args, call, settings, probe_request(settings))
+
+
+plan_geometry.__signature__ = inspect.signature(analyze_geometry).replace(return_annotation="GeometryPlan")
+
+
+def _refuse_early(request: dict[str, Any], settings: dict[str, Any], sample: Tensor) -> None:
+    """Refuses at the first step, by the sample's size, what could only fail after the whole generation."""
+    plan_probe(sample[0].numel(), max_memory=settings["max_probe_memory"], **request)
+
+
+def _probe_batch(probe: Probe, step: RecordedStep, final: Tensor, settings: dict[str, Any]) -> list[PointGeometry]:
+    """The geometry of every sample at one step."""
+    denoiser = step.branch(settings["branch"])
+    conditional = step.branch("conditional") if probe.plan.flipd_products else None
+    results = []
+    for sample in range(len(step.sample)):
+        seed = np.random.SeedSequence([settings["probe_seed"], step.index, sample]).generate_state(1, np.uint64)[0]
+        results.append(
+            probe(
+                denoiser.select(sample),
+                to_float32(step.sample[sample]),
+                to_float32(final[sample]),
+                torch.Generator().manual_seed(int(seed)),
+                conditional.select(sample) if conditional else None,
             )
-        jacobian = denoiser.jacobian(point, self.of, chunk_size=self.chunk_size)
-        matrix = jacobian.dense()
-        self.backend = jacobian.backend
-        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        spectrum = matrix_spectrum(matrix, method="dense", products=size)
-        if self.of == "denoised":
-            return spectrum, spectrum
-        return spectrum, matrix_spectrum(denoiser.as_denoised(matrix, identity, self.of), method="dense", products=size)
-
-    def _central_difference(self, denoiser: Denoiser, point: Tensor, generator: torch.Generator) -> tuple[Spectrum, Spectrum]:
-        fn = denoiser.canonical_map(self.of)
-        count = min(self.max_products or point.numel(), point.numel())
-        step, error = choose_step(fn, point, scale=denoiser.sigma_t, generator=generator)
-        wanted = orthonormal_directions(point.shape, count, point, generator)
-        columns, directions = central_difference_columns(fn, point, wanted, step, chunk_size=self.chunk_size)
-        spectrum = central_difference_spectrum(columns, directions, step=step, error=error)
-        columns, error = denoiser.as_denoised(columns, directions, self.of), error * denoiser.error_scale(self.of)
-        return spectrum, central_difference_spectrum(columns, directions, step=step, error=error)
-
-    def _perturbation(self, denoiser: Denoiser, clean: Tensor, generator: torch.Generator) -> tuple[Spectrum, Spectrum]:
-        fn, x, sigma_t = denoiser.canonical_map(self.of), denoiser.alpha_t * clean, denoiser.sigma_t
-        count = self.max_products or 4 * clean.numel()
-        columns, xi = perturbation_columns(fn, x, sigma_t, num_samples=count, generator=generator, chunk_size=self.chunk_size)
-        spectrum = perturbation_spectrum(columns, xi, centred=self.centred)
-        points = x.flatten() / sigma_t + xi
-        return spectrum, perturbation_spectrum(denoiser.as_denoised(columns, points, self.of), xi, centred=self.centred)
+        )
+    return results
 
 
-def _step_geometry(
-    step: RecordedStep, pairs: list[tuple[Spectrum, Spectrum]], backend: str, threshold: float, rank: int | None, kept: int | None
-) -> StepGeometry:
+def _step_geometry(step: RecordedStep, found: list[PointGeometry], settings: dict[str, Any]) -> StepGeometry:
+    def stacked(name: str) -> BatchEstimate | None:
+        estimates = [getattr(f, name) for f in found]
+        return None if estimates[0] is None else BatchEstimate.stack(estimates)
+
+    details = found[0].details if len(found) == 1 else {"samples": [f.details for f in found]}
     return StepGeometry.from_spectra(
-        [spectrum for spectrum, _ in pairs],
-        [denoised for _, denoised in pairs],
-        relative_threshold=threshold,
-        rank=rank,
-        num_singular_values=kept,
+        [f.spectrum for f in found],
+        [f.denoised for f in found],
+        relative_threshold=settings["relative_threshold"],
+        rank=settings["psi_rank"],
+        num_singular_values=settings["num_singular_values"],
+        effective_dimension=[f.effective_dimension for f in found],
+        local_rank=None if found[0].local_rank is None else [f.local_rank for f in found],
+        flipd=stacked("flipd"),
+        log_volume=stacked("log_volume"),
+        products=sum(f.products for f in found),
+        details=details,
         index=step.index,
         timestep=step.timestep,
         alpha_t=step.alpha_t,
@@ -179,7 +189,7 @@ def _step_geometry(
         engine=step.engine,
         certificate_error=step.certificate_error,
         refusal=step.refusal,
-        backend=backend,
+        backend=found[0].backend,
     )
 
 
@@ -201,22 +211,3 @@ def _provenance(pipe: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _check(
-    method: str, of: str, kept: int | None, budget: int | None, threshold: float, rank: int | None, resolution: float
-) -> None:
-    """Refuses arguments before the pipeline runs."""
-    if method not in METHODS:
-        raise ValueError(f"spectrum={method!r}. Expected one of {METHODS}.")
-    if of not in MAPS:
-        raise ValueError(f"of={of!r}. Expected one of {MAPS}.")
-    for name, value in (("num_singular_values", kept), ("max_products", budget), ("psi_rank", rank)):
-        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
-            raise ValueError(f"{name}={value!r}. Expected a positive integer or None.")
-    if budget is not None and method == "perturbation" and budget < 2:
-        raise ValueError(f"max_products={budget} with spectrum='perturbation'. Expected at least 2 samples.")
-    if not 0 <= threshold < 1:
-        raise ValueError(f"relative_threshold={threshold}. Expected 0 <= relative_threshold < 1.")
-    if not 0 < resolution < 0.5:
-        raise ValueError(f"phase_resolution={resolution}. Expected 0 < phase_resolution < 0.5.")

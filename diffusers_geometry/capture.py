@@ -13,17 +13,22 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
 from .difference import require_finite
 from .drive import Drive, PipelineCall, own_output
+from .jacobian import Derivative
 from .recorded_step import Engine, RecordedStep
 from .replay import NetworkCall, is_duplicated, may_hold
 from .schedule import loop_position, noise_level, scheduler_family
+
+
+class RecordedEnough(BaseException):
+    """Ends a call whose recording was to stop early; not an Exception, so that no pipeline swallows it."""
 
 
 class Recording(Sequence[RecordedStep]):
@@ -32,10 +37,14 @@ class Recording(Sequence[RecordedStep]):
     Attributes:
         final_sample: The last step's result, before any decoding, (B, *dims); None before the call.
         total_steps: Number of loop positions of the run.
+        before_first: Called with the sample before the first step; may raise to refuse the run.
+        stop_after_recording: Ends the call by :class:`RecordedEnough` when this many steps are recorded; None lets it finish.
     """
 
-    def __init__(self, pipe: Any, steps: int | Sequence[int] | str, engine: Engine) -> None:
-        self.pipe, self._steps, self._engine = pipe, steps, engine
+    def __init__(self, pipe: Any, steps: int | Sequence[int] | str, engine: Engine, derivative: Derivative = "autograd") -> None:
+        self.pipe, self._steps, self._engine, self._derivative = pipe, steps, engine, derivative
+        self.stop_after_recording: int | None = None
+        self.before_first: Callable[[Tensor], None] | None = None
         self._recorded: list[RecordedStep] = []
         self._wanted: frozenset[int] = frozenset()
         self._first = self._count = 0
@@ -67,6 +76,15 @@ class Recording(Sequence[RecordedStep]):
         self._restore.close()
         self._calls = []
 
+    def check_complete(self) -> None:
+        """Raises RuntimeError when the run ended before the steps it was to record."""
+        missing = sorted(self._wanted - {step.index for step in self})
+        if missing:
+            raise RuntimeError(
+                f"the run ended after {self._count} of {self.total_steps} steps, before {missing} were recorded. Expected "
+                "positions that the run reaches; a callback or an argument of the pipeline ends it early."
+            )
+
     def _patch_pipeline(self, undo: ExitStack) -> None:
         pipe, scheduler, pipeline_class = self.pipe, self.pipe.scheduler, type(self.pipe)
         self._pristine = copy.deepcopy(scheduler)
@@ -91,6 +109,8 @@ class Recording(Sequence[RecordedStep]):
         @functools.wraps(step)
         def recorded_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             recording._before_step(model_output, timestep, sample)
+            if recording.stop_after_recording is not None and len(recording) >= recording.stop_after_recording:
+                raise RecordedEnough
             result = step(model_output, timestep, sample, *args, **kwargs)
             recording.final_sample = result[0] if isinstance(result, tuple) else result.prev_sample
             return result
@@ -117,6 +137,8 @@ class Recording(Sequence[RecordedStep]):
         if not self._count:
             self._first, self.total_steps = position, len(scheduler.timesteps) - position
             self._wanted = frozenset(resolve_steps(self._steps, self.total_steps, self._first))
+            if self.before_first is not None:
+                self.before_first(sample)
         if position in self._wanted:
             self._keep(position, model_output, timestep, sample)
         self._count += 1
@@ -133,10 +155,17 @@ class Recording(Sequence[RecordedStep]):
             sample, model_output = sample[: len(sample) // 2], model_output[: len(model_output) // 2]
         level = noise_level(self.pipe.scheduler, position)
         sample, model_output = sample.detach(), model_output.detach()
-        self._recorded.append(RecordedStep(position, level, sample, model_output, calls, drive, self._engine))
+        step = RecordedStep(position, level, sample, model_output, calls, drive, self._engine, self._derivative)
+        self._recorded.append(step)
 
 
-def record(pipe: Any, steps: int | Sequence[int] | Literal["all"] = 10, *, engine: Engine = "auto") -> Recording:
+def record(
+    pipe: Any,
+    steps: int | Sequence[int] | Literal["all"] = 10,
+    *,
+    engine: Engine = "auto",
+    derivative: Derivative = "autograd",
+) -> Recording:
     """A recording of the one pipeline call made inside its ``with`` block.
 
     Args:
@@ -144,6 +173,8 @@ def record(pipe: Any, steps: int | Sequence[int] | Literal["all"] = 10, *, engin
         steps: How many loop positions (evenly spaced from first to last), or which ones (negative from the end), or "all".
         engine: "auto" certifies a replay and falls back to drive, saying why in ``RecordedStep.refusal``; "replay" raises
             instead of falling back; "drive" always runs the pipeline's own loop.
+        derivative: "difference" for a network without gradients, whose denoisers are then probed by function values only; "auto"
+            is then drive, and a replay that is asked for by name is certified by its outputs alone.
 
     Raises:
         ValueError: unknown scheduler, empty or senseless ``steps``, a network in train mode.
@@ -161,7 +192,9 @@ def record(pipe: Any, steps: int | Sequence[int] | Literal["all"] = 10, *, engin
                 f"pipe.{name} is in train mode, where dropout makes every evaluation different. Expected eval mode: call "
                 f"pipe.{name}.eval()."
             )
-    return Recording(pipe, steps, engine)
+    if derivative not in get_args(Derivative):
+        raise ValueError(f"derivative={derivative!r}. Expected one of {get_args(Derivative)}.")
+    return Recording(pipe, steps, engine, derivative)
 
 
 def check_steps(steps: int | Sequence[int] | str) -> None:

@@ -27,6 +27,22 @@ def require_finite(value: Tensor, what: str) -> Tensor:
     return value
 
 
+class CountedMap:
+    """A map on a stack that counts the points it was evaluated at.
+
+    Attributes:
+        evaluations: Points so far.
+    """
+
+    def __init__(self, fn: BatchedMap) -> None:
+        self.fn, self.evaluations = fn, 0
+
+    def __call__(self, points: Tensor) -> Tensor:
+        """``fn`` at the points, (K, *dims) -> (K, *out)."""
+        self.evaluations += len(points)
+        return self.fn(points)
+
+
 def evaluate(fn: BatchedMap, points: Tensor, chunk_size: int) -> Tensor:
     """``fn`` on a stack (K, *dims) in chunks, without gradients, flat and finite: (K, out)."""
     with torch.no_grad():
@@ -70,13 +86,13 @@ def choose_step(
         x: The point, shape (*dims).
         scale: Length in x on which J changes; the noise sigma_t for a denoiser.
         generator: Random directions.
-        num_directions: Directions averaged.
+        num_directions: Random directions tried.
     """
     low, high = (3 * torch.finfo(x.dtype).eps / 2) ** (1 / 3) * scale, 0.1 * max(1.0, scale)
     ladder = torch.logspace(math.log2(low / 2), math.log2(high), max(3, math.ceil(math.log2(high / low)) + 2), base=2.0)
     ladder = ladder.tolist()
     errors = torch.zeros(len(ladder) - 1, dtype=torch.float64)
-    for _ in range(num_directions):
+    for _ in range(num_directions):  # the worst direction counts
         direction = orthonormal_directions(x.shape, 1, x, generator)
         noise = _rounding_noise(fn, x, direction, spacing=low / 4)
         columns = [central_difference_columns(fn, x, direction, h)[0].double() for h in ladder]
@@ -85,7 +101,7 @@ def choose_step(
             change = (columns[i] - columns[i - 1]).norm().item()
             halving = (ladder[i] / ladder[i - 1]) ** 2
             curvature = max(0.0, change - rounding[i] - rounding[i - 1]) * halving / (halving - 1)
-            errors[i - 1] += (rounding[i] + curvature) / num_directions
+            errors[i - 1] = max(errors[i - 1].item(), rounding[i] + curvature)
     best = int(errors.argmin())
     return ladder[best + 1], errors[best].item()
 

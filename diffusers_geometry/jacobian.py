@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from .difference import BatchedMap, central_difference_columns, choose_step, require_finite
+from .difference import BatchedMap, CountedMap, central_difference_columns, choose_step, require_finite
 
 Derivative = Literal["autograd", "difference"]
 DENSE_BLOCK = 256  # rows of the identity made at once by dense()
@@ -257,7 +257,9 @@ class Jacobian:
         batched = self.batched_fn or (lambda points: torch.stack([self.fn(p) for p in points]))
         if self.step is None:
             generator = self._generator or torch.Generator().manual_seed(0)
-            self.step, self.step_error = choose_step(batched, self.x, scale=self.scale, generator=generator)
+            counted = CountedMap(batched)
+            self.step, self.step_error = choose_step(counted, self.x, scale=self.scale, generator=generator)
+            self.products += counted.evaluations // 2
         lengths = stack.flatten(1).norm(dim=1).reshape(-1, *[1] * self.x.ndim)
         directions = stack / lengths.clamp_min(torch.finfo(stack.dtype).tiny)
         columns, _ = central_difference_columns(batched, self.x, directions, self.step, chunk_size=self.chunk_size)

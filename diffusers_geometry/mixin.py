@@ -15,7 +15,7 @@ from typing import Any
 
 import diffusers
 
-from .analyze import analyze_geometry
+from .analyze import analyze_geometry, plan_geometry
 
 GEOMETRY_PIPELINES = {
     f"Geometry{name}": name
@@ -25,9 +25,10 @@ GEOMETRY_PIPELINES = {
 
 
 class GeometryMixin:
-    """Adds :func:`~diffusers_geometry.analyze.analyze_geometry` to a diffusers pipeline class; name it first among the bases."""
+    """Adds ``analyze_geometry`` and ``plan_geometry`` to a diffusers pipeline class; name it first among the bases."""
 
     analyze_geometry = analyze_geometry
+    plan_geometry = plan_geometry
 
     def to_json_string(self) -> str:
         """The configuration as JSON, under the name of the plain pipeline class."""

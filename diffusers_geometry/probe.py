@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser, Map
-from .difference import central_difference_columns, choose_step, orthonormal_directions
+from .difference import CountedMap, central_difference_columns, choose_step, orthonormal_directions
 from .dimension import flipd
 from .estimate import Estimate
 from .function_values import central_difference_spectrum, perturbation_columns, perturbation_spectrum
+from .golub_kahan import golub_kahan_spectrum
 from .jacobian import Derivative, Jacobian
-from .spectrum import Spectrum, golub_kahan_spectrum, matrix_spectrum, randomized_spectrum
-from .stochastic import Quadrature, estimate_trace, lanczos_quadrature
+from .spectrum import Spectrum, matrix_spectrum, randomized_spectrum
+from .stochastic import estimate_trace, lanczos_quadrature
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ProbePlan:
         size: d, the numbers of one sample.
         num_singular_values: k; None for all that the method gives.
         spectrum_products: For the map's spectrum.
+        step_products: For the choice of the difference step.
         denoised_products: For that of D', 0 where the same products give it.
         trace_products: For tr D' where the spectrum does not give it.
         log_volume_products: For the Lanczos quadrature, 0 without one.
@@ -50,6 +52,7 @@ class ProbePlan:
     size: int
     num_singular_values: int | None
     spectrum_products: int
+    step_products: int = 0
     denoised_products: int = 0
     trace_products: int = 0
     log_volume_products: int = 0
@@ -69,7 +72,7 @@ class ProbePlan:
     def products(self) -> int:
         """Upper limit of the products at one step of one sample."""
         parts = (self.spectrum_products, self.denoised_products, self.trace_products, self.log_volume_products)
-        return sum(parts) + self.flipd_products
+        return sum(parts) + self.flipd_products + self.step_products
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers for a trace's settings."""
@@ -194,13 +197,15 @@ class Probe:
 
     def _central_difference(self, denoiser: Denoiser, x_t: Tensor, generator: torch.Generator) -> PointGeometry:
         fn, of, count = denoiser.canonical_map(self.plan.of), self.plan.of, self.plan.spectrum_products
-        step, error = choose_step(fn, x_t, scale=denoiser.sigma_t, generator=generator)
+        counted = CountedMap(fn)
+        step, error = choose_step(counted, x_t, scale=denoiser.sigma_t, generator=generator)
         wanted = orthonormal_directions(x_t.shape, count, x_t, generator)
         columns, directions = central_difference_columns(fn, x_t, wanted, step, chunk_size=self.chunk_size)
         spectrum = central_difference_spectrum(columns, directions, step=step, error=error)
         columns, error = denoiser.as_denoised(columns, directions, of), error * denoiser.error_scale(of)
         denoised = central_difference_spectrum(columns, directions, step=step, error=error)
-        return PointGeometry(spectrum, denoised, denoised.trace, products=count, details={"step": step})
+        details = {"step": step, "step_products": counted.evaluations // 2}
+        return PointGeometry(spectrum, denoised, denoised.trace, products=count + counted.evaluations // 2, details=details)
 
     def _perturbation(self, denoiser: Denoiser, x_0: Tensor, generator: torch.Generator) -> PointGeometry:
         fn, x, sigma_t = denoiser.canonical_map(self.plan.of), denoiser.alpha_t * x_0, denoiser.sigma_t
@@ -215,14 +220,12 @@ class Probe:
         """1/2 log det(JᵀJ + epsilon²), and nu where the spectrum is not complete."""
         plan, spectrum = self.plan, found.spectrum
         if spectrum.complete and spectrum.samples is None:
-            values = spectrum.singular_values[None]
-            quadrature = Quadrature(values, torch.ones_like(values), values, torch.ones_like(values), plan.size, True, 0)
+            found.log_volume = spectrum.estimate(lambda s: 0.5 * (s.square() + plan.log_volume_epsilon**2).log().sum().item())
         else:
             jacobian = self._jacobian(denoiser, x_t, plan.of)
-            quadrature = lanczos_quadrature(
-                jacobian, num_probes=plan.log_volume_probes, num_steps=plan.log_volume_steps, generator=generator
-            )
-            found.products += jacobian.products
+            options = {"num_probes": plan.log_volume_probes, "num_steps": plan.log_volume_steps, "generator": generator}
+            quadrature = lanczos_quadrature(jacobian, **options)
+            found.log_volume = quadrature.log_volume(plan.log_volume_epsilon)
             found.local_rank = quadrature.local_rank()
-        found.log_volume = quadrature.log_volume(plan.log_volume_epsilon)
+            found.products += jacobian.products
         found.details["log_volume_epsilon"] = plan.log_volume_epsilon

@@ -19,9 +19,9 @@ from torch import Tensor
 from .denoiser import Denoiser
 from .difference import require_finite
 from .drive import Drive
-from .jacobian import Jacobian
+from .jacobian import Derivative, Jacobian
 from .precision import HALF, ProbeWeights, to_float32
-from .replay import NetworkCall, Replay, ReplayRefused
+from .replay import NetworkCall, Replay, ReplayRefused, is_single_output
 from .schedule import NoiseLevel
 
 Engine = Literal["auto", "replay", "drive"]
@@ -53,10 +53,11 @@ class RecordedStep:
         calls: list[NetworkCall],
         drive: Drive,
         engine: Engine,
+        derivative: Derivative = "autograd",
     ) -> None:
         self.index, self.level, self.sample, self.model_output = index, level, sample, model_output
         self.timestep, self.alpha_t, self.sigma_t, self.sigma = level.timestep, level.alpha_t, level.sigma_t, level.sigma
-        self.drive, self._requested, self._calls = drive, engine, calls
+        self.drive, self._requested, self._calls, self._derivative = drive, engine, calls, derivative
         self._weights = ProbeWeights({id(c.module): c.module for c in calls}.values())
         self._replay: Replay | None = None
         self._certificate: tuple[str, float] | None = None
@@ -90,7 +91,7 @@ class RecordedStep:
             def model_output(points: Tensor, index: int | None) -> Tensor:
                 with self._weights.scope():
                     return self._replay(points, weights, index)
-        elif name != "guided":
+        elif name != "guided" and not (name == "conditional" and is_single_output(self._calls, self.sample)):
             raise ValueError(
                 f"branch={name!r} at step {self.index} needs the replay engine, which was refused: {self.refusal}. "
                 "Expected branch='guided' here."
@@ -150,6 +151,8 @@ class RecordedStep:
                 f"output that differs by {on_point:.1e} from the recorded one. Expected a step that depends on the sample and "
                 "the call's arguments only; a callback, a cache or a loop counter that changes the network's input breaks this."
             )
+        if self._derivative == "difference":
+            return self._certify_black_box(points, driven, on_point)
         difference = (driven[1] - driven[2]) / 2
         direction = difference / difference.norm() if difference.any() else torch.ones_like(difference)
         pulled = self._pull(lambda x: self.drive([x])[0], direction)
@@ -163,25 +166,42 @@ class RecordedStep:
                 raise
             self._replay, self.refusal = None, str(refused)
             return "drive", on_point
-        if abs(self._replay.c_in / self.level.c_in - 1) > (HALF_TOLERANCE if half else 1e-4):
+        self._check_input_scale(HALF_TOLERANCE if half else 1e-4)
+        return "replay", error
+
+    def _certify_black_box(self, points: list[Tensor], driven: list[Tensor], on_point: float) -> tuple[str, float]:
+        """Without derivatives to compare, the pipeline's own loop is the engine, unless replay was asked for by name."""
+        if self._requested != "replay":
+            self.refusal = "a black box has no derivative that could certify a replay" if self._requested == "auto" else None
+            return "drive", on_point
+        error = self._compare_replay(points, driven)
+        self._check_input_scale(1e-4)
+        return "replay", error
+
+    def _check_input_scale(self, tolerance: float) -> None:
+        if abs(self._replay.c_in / self.level.c_in - 1) > tolerance:
             raise RuntimeError(
                 f"the network saw {self._replay.c_in:.6g} x at step {self.index}. Expected {self.level.c_in:.6g} x, the input "
                 "scale of this scheduler: the pipeline and the scheduler do not fit together."
             )
-        return "replay", error
 
     def _try_replay(self, points: list[Tensor], driven: list[Tensor], direction: Tensor, pulled: Tensor) -> float:
         """Builds the replay and returns its largest disagreement with the driven loop; ReplayRefused beyond tolerance."""
+        error = self._compare_replay(points, driven)
+        slope = _relative(self._pull(lambda x: self._replay(x[None], self._replay.weights)[0], direction), pulled)
+        if slope > DERIVATIVE_TOLERANCE:
+            raise ReplayRefused(f"replay's derivative differs from that of the pipeline's own loop by {slope:.1e}")
+        return max(error, slope)
+
+    def _compare_replay(self, points: list[Tensor], driven: list[Tensor]) -> float:
+        """Builds the replay and returns its largest disagreement of outputs; ReplayRefused beyond tolerance."""
         self._replay = Replay(self.sample, self.model_output, self._calls)
         with self._weights.scope(), torch.no_grad():
             replayed = self._replay(torch.stack(points), self._replay.weights)
         error = max(_relative(r, d) for r, d in zip(replayed, driven, strict=True))
         if error > CERTIFICATE_TOLERANCE:
             raise ReplayRefused(f"replay differs from the pipeline's own loop by {error:.1e} off the trajectory")
-        slope = _relative(self._pull(lambda x: self._replay(x[None], self._replay.weights)[0], direction), pulled)
-        if slope > DERIVATIVE_TOLERANCE:
-            raise ReplayRefused(f"replay's derivative differs from that of the pipeline's own loop by {slope:.1e}")
-        return max(error, slope)
+        return error
 
     def _pull(self, model_output: Callable[[Tensor], Tensor], direction: Tensor) -> Tensor:
         """One reverse product of the model output at the sample."""

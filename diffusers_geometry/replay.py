@@ -184,6 +184,12 @@ def _combination(outputs: Tensor, model_output: Tensor) -> Tensor:
     return weights
 
 
+def is_single_output(calls: list[NetworkCall], sample: Tensor) -> bool:
+    """Whether the step asked the network once per sample, so that there is one branch and it is the conditional one."""
+    slots = [slot for call in calls if (slot := _find_slot(call, sample)) is not None]
+    return len(slots) == 1 and slots[0].repeats == 1
+
+
 def may_hold(call: NetworkCall, sample: Tensor) -> bool:
     """Whether a call can contain the sample, by size alone; text encoders before the first step cannot."""
 

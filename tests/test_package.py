@@ -12,19 +12,40 @@ import diffusers_geometry
 
 PACKAGE = Path(diffusers_geometry.__file__).parent
 NUMERICAL = [
+    "difference",
     "jacobian",
     "denoiser",
     "exact",
-    "stochastic",
+    "estimate",
     "spectrum",
+    "golub_kahan",
+    "function_values",
+    "stochastic",
     "descriptors",
     "dimension",
+    "probe",
+    "costs",
     "phases",
     "storage",
+    "step_geometry",
     "trajectory",
     "viz",
 ]
-HOST = ["bundled", "schedule", "precision", "drive", "replay", "recorded_step", "capture", "analyze", "mixin", "selfcheck", "cli"]
+HOST = [
+    "bundled",
+    "schedule",
+    "precision",
+    "drive",
+    "replay",
+    "recorded_step",
+    "capture",
+    "plan",
+    "settings",
+    "analyze",
+    "mixin",
+    "selfcheck",
+    "cli",
+]
 STREET = NUMERICAL + HOST
 # Drawn when it is asked for: a trace knows how to plot itself without loading matplotlib.
 CALLED_LATER = {("trajectory", "viz")}

@@ -3,21 +3,22 @@
 import json
 from dataclasses import fields
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
 from PIL import Image
-from tiny import ddpm_pipeline, pixel_call, randn, sd_call, sd_pipeline
+from tiny import ddpm_pipeline, pixel_call, quiet, randn, randomised, sd_call, sd_pipeline
 
 from diffusers_geometry import GeometryTrace, with_geometry
+from diffusers_geometry.step_geometry import BatchEstimate
 from diffusers_geometry.storage import write_together
-from diffusers_geometry.trajectory import BatchEstimate
 
 
 def analysed(**options):
     call = pixel_call(**({"generator": torch.Generator().manual_seed(0), "batch_size": 2} | options.pop("call", {})))
-    return with_geometry(ddpm_pipeline()).analyze_geometry(**call, record_steps=3, progress=False, **options)
+    return with_geometry(ddpm_pipeline()).analyze_geometry(**call, **{"record_steps": 3, "progress": False, **options})
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,7 @@ def test_what_is_not_a_trace_is_refused(name, error, trace, tmp_path):
         trace.save_pretrained(tmp_path / name)
         document = json.loads((tmp_path / name / "trace.json").read_text())
         (tmp_path / name / "trace.json").write_text(json.dumps(document | {"format": 0}))
-    with pytest.raises(error, match="holds no trace" if name == "missing" else "has format 0. Expected 1"):
+    with pytest.raises(error, match="holds no trace" if name == "missing" else "has format 0. Expected 2"):
         GeometryTrace.from_pretrained(tmp_path / name)
 
 
@@ -201,13 +202,24 @@ def test_latent_pipeline_with_guidance():
         ({"spectrum": "exact"}, "spectrum='exact'. Expected one of"),
         ({"of": "psi"}, "of='psi'. Expected one of"),
         ({"max_products": 0}, "max_products=0. Expected a positive integer"),
-        ({"max_products": 1, "spectrum": "perturbation"}, "Expected at least 2 samples"),
-        ({"max_products": 63}, "a dense Jacobian of d=64 takes 64 products, more than max_products=63"),
+        ({"max_products": 1, "spectrum": "perturbation"}, "Expected at least 4 samples"),
+        ({"max_products": 63}, "max_products=63 cannot be met .* dense needs 64 products .*; golub_kahan needs 92 products"),
+        ({"max_products": 63, "spectrum": "dense"}, "dense needs 64 products"),
+        ({"probe_chunk_size": 0}, "probe_chunk_size=0. Expected a positive integer"),
+        ({"probe_seed": -1}, "probe_seed=-1. Expected an integer from 0"),
+        ({"record_steps": 2.5}, "record_steps=2.5. Expected an integer"),
+        ({"record_steps": None}, "record_steps=None. Expected an integer"),
+        ({"num_singular_values": 65}, "num_singular_values=65. Expected at most 64"),
+        ({"log_volume_epsilon": 0}, "log_volume_epsilon=0.0. Expected a positive number"),
+        ({"log_volume_probes": 1}, "Expected at least 2 probes"),
+        ({"derivative": "guess"}, "derivative='guess'. Expected one of"),
+        ({"derivative": "difference", "spectrum": "golub_kahan"}, "needs reverse products, which a black box"),
+        ({"max_probe_memory": 100}, "max_probe_memory=100 cannot be met"),
         ({"num_singular_values": -1}, "num_singular_values=-1"),
         ({"relative_threshold": 1.5}, "relative_threshold=1.5"),
         ({"phase_resolution": 0.7}, "phase_resolution=0.7"),
         ({"branch": "unconditional"}, "branch='unconditional'"),
-        ({"probe_engine": "magic"}, "engine='magic'. Expected 'auto', 'replay' or 'drive'"),
+        ({"probe_engine": "magic"}, "engine='magic'. Expected one of"),
         ({"psi_rank": 65}, "rank=65. Expected 1 <= rank <= 64"),
     ],
 )
@@ -216,22 +228,37 @@ def test_senseless_arguments_are_refused(options, message):
         analysed(**options)
 
 
-def test_a_large_dimension_is_refused_with_a_way_out():
-    pipe = with_geometry(ddpm_pipeline(size=72))
-    with pytest.raises(ValueError, match=r"d=5184 takes 5184 products.*central_difference"):
-        pipe.analyze_geometry(num_inference_steps=2, record_steps=[0], progress=False)
-    found = pipe.analyze_geometry(
-        num_inference_steps=2, record_steps=[0], progress=False, spectrum="central_difference", max_products=6
-    )
-    assert found.steps[0].singular_values.shape == (1, 6)
-    assert np.isnan(found.steps[0].local_scaling.sem).all()
-    assert found.steps[0].effective_dimension is None
-    assert not found.steps[0].gap_dim.converged.any()
+def test_a_large_dimension_takes_golub_kahan_by_itself():
+    """d = 4096 without attention: auto does not build the matrix, and says what it did."""
+    network = diffusers.UNet2DModel(64, 1, 1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
+                                    down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False)  # fmt: skip
+    pipe = with_geometry(quiet(diffusers.DDPMPipeline(randomised(network), diffusers.DDPMScheduler())))
+    call = {"num_inference_steps": 2, "record_steps": [1], "progress": False}
+    found = pipe.analyze_geometry(**call, max_products=100, num_singular_values=4)
+    step, plan = found.steps[0], found.settings["plan"]
+    assert (step.method, plan["method"], plan["block_size"], plan["products"]) == ("golub_kahan", "golub_kahan", 4, 100)
+    assert step.singular_values.shape == step.singular_value_bounds.shape == step.singular_values_converged.shape == (1, 4)
+    assert step.products <= 100
+    assert step.effective_dimension.sem[0] > 0
+    assert step.details["stopped"] in ("converged", "budget")
+    assert np.isnan(step.local_rank.bias[0])
+    restricted = pipe.analyze_geometry(**call, spectrum="central_difference", max_products=6).steps[0]
+    assert restricted.singular_values.shape == (1, 6)
+    assert np.isnan(restricted.local_scaling.sem).all()
+    assert restricted.effective_dimension is None
+    assert not restricted.gap_dim.converged.any()
+    assert restricted.phase[0] == "unresolved"
+
+
+def test_settings_may_be_numpys():
+    found = analysed(record_steps=np.arange(2), max_products=np.int64(64), phase_resolution=np.float32(0.1), probe_seed=np.int64(3))
+    assert len(found.steps) == 2
+    assert found.settings["max_products"] == 64
+    assert type(found.settings["max_products"]) is int
 
 
 def test_a_batch_size_that_changes_is_refused():
     """A pipeline that drops a sample on its way has no stacked trace."""
-    import diffusers
 
     class Shrinking(diffusers.DDPMPipeline):
         @torch.no_grad()

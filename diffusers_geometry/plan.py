@@ -1,0 +1,303 @@
+"""The cost of an analysis before it is spent, and the choice of the method that fits.
+
+The method follows from dimensions and product counts alone, so that a rerun is the same run: dense where d products are few or
+all values are wanted of a moderate d, else block Golub-Kahan. Only a limit on time brings timings in: one product of each kind is
+then timed at the first recorded step. Limits choose the method and shrink Golub-Kahan's budget; what no method can meet is
+refused with what can.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .capture import RecordedEnough, record, resolve_steps
+from .costs import ProductCosts, measure_costs
+from .golub_kahan import golub_kahan_memory
+from .precision import to_float32
+from .probe import ProbePlan
+from .recorded_step import RecordedStep
+
+METHODS = ("auto", "dense", "golub_kahan", "randomized", "perturbation", "central_difference")
+AUTO_DENSE = 2048  # inputs up to which auto takes the whole matrix when all values are wanted
+NUM_SINGULAR_VALUES = 16  # taken by the methods for the largest values where the request does not say
+PRODUCTS_PER_VALUE = 32  # Golub-Kahan's budget; benchmarks/top_values.py and the tests show how many it takes
+TRACE_PRODUCTS = 60
+FLIPD_EXACT = 1024  # inputs up to which FLIPD's trace is exact by default
+RANDOMIZED_EXTRA = 2 * 8 + 5  # oversampling and certificate
+STEP_PRODUCTS = 40  # central differences along which the step is chosen, at most
+
+
+@dataclass(frozen=True)
+class GeometryPlan:
+    """What an analysis will cost; made by :func:`plan_geometry`.
+
+    Attributes:
+        probe: What is taken at every step of every sample.
+        steps: Recorded steps.
+        samples: Samples of the run.
+        costs: Measured seconds and bytes per product.
+        engine: The engine that would run.
+    """
+
+    probe: ProbePlan
+    steps: int
+    samples: int
+    costs: ProductCosts
+    engine: str
+
+    @property
+    def products(self) -> int:
+        """Jacobian products of the whole analysis, at most."""
+        return self.probe.products * self.steps * self.samples
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of probing, at most; the generation itself comes on top."""
+        return self.costs.seconds(self.probe) * self.steps * self.samples
+
+    @property
+    def memory(self) -> int:
+        """Bytes for matrices, bases and products in flight, beyond the pipeline's own."""
+        return self.probe.memory + (self.costs.memory or 0) * self.probe.chunk_size
+
+    def rows(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        return {
+            "method": self.probe.method, "of": self.probe.of, "dimension": self.probe.size,
+            "num_singular_values": self.probe.num_singular_values, "steps": self.steps, "samples": self.samples,
+            "engine": self.engine, "products_per_step_and_sample": self.probe.products, "products": self.products,
+            "seconds": self.seconds, "memory_bytes": self.memory, "network_memory_measured": self.costs.memory is not None,
+            "seconds_per_reverse_product": self.costs.reverse, "seconds_per_forward_product": self.costs.forward,
+            "seconds_per_evaluation": self.costs.evaluation, "chunk_size": self.probe.chunk_size,
+            "block_size": self.probe.block_size if self.probe.method == "golub_kahan" else None,
+        }  # fmt: skip
+
+    def table(self) -> str:
+        """The plan as text, one line per fact."""
+        return "\n".join(f"{name:<28}  {_said(value)}" for name, value in self.rows().items())
+
+
+def plan_probe(
+    size: int,
+    *,
+    method: str = "auto",
+    of: str = "denoised",
+    num_singular_values: int | None = None,
+    max_products: int | None = None,
+    flipd: bool = False,
+    log_volume_epsilon: float | None = None,
+    log_volume_probes: int = 16,
+    log_volume_steps: int = 30,
+    tol: float = 1e-3,
+    block_size: int = 4,
+    chunk_size: int = 32,
+    derivative: str = "autograd",
+    symmetric: bool = False,
+    centred: bool = True,
+    max_memory: int | None = None,
+) -> ProbePlan:
+    """The plan for samples of ``size`` numbers, from dimensions, product counts and bytes alone.
+
+    Raises:
+        ValueError: a budget that the method (or with "auto" any method) cannot meet; it says what can.
+    """
+    wanted = num_singular_values or NUM_SINGULAR_VALUES
+    if wanted > size:
+        raise ValueError(f"num_singular_values={wanted}. Expected at most {size}, the numbers of one sample.")
+    # Of all d values the quadrature is a sum; else it takes its own products, or a dense Jacobian where that is cheaper.
+    quadrature = min(2 * log_volume_probes * log_volume_steps, size) if log_volume_epsilon is not None else 0
+    fixed = {"flipd_products": (size if size <= FLIPD_EXACT else min(TRACE_PRODUCTS, size)) if flipd else 0}
+    maps = 1 if of == "denoised" else 2
+    reverse = derivative == "autograd" or symmetric
+    shared = {
+        "of": of, "size": size, "log_volume_epsilon": log_volume_epsilon, "log_volume_probes": log_volume_probes,
+        "log_volume_steps": log_volume_steps, "tol": tol, "block_size": min(block_size, size), "chunk_size": chunk_size,
+        "derivative": derivative, "symmetric": symmetric, "centred": centred, **fixed,
+    }  # fmt: skip
+    step = STEP_PRODUCTS if derivative == "difference" else 0
+
+    def dense() -> ProbePlan:
+        sizes = {"spectrum_products": size, "step_products": step, "memory": 36 * size**2 * maps}
+        return ProbePlan("dense", num_singular_values=num_singular_values, **sizes, **shared)
+
+    def largest(name: str) -> ProbePlan:
+        """Golub-Kahan or the range finder, with a trace of their own."""
+        trace = min(TRACE_PRODUCTS, size)
+        least = 2 * max(wanted, shared["block_size"])
+        if name == "randomized":
+            spent = 2 * wanted + RANDOMIZED_EXTRA
+        elif max_products is None:
+            spent = max(least, PRODUCTS_PER_VALUE * wanted)
+        else:
+            spent = min((max_products - trace - quadrature - fixed["flipd_products"]) // maps, 4 * size)
+        sizes = {
+            "spectrum_products": spent, "denoised_products": spent * (maps - 1), "trace_products": trace,
+            "log_volume_products": quadrature, "step_products": step,
+            "memory": golub_kahan_memory((size, size), max(spent, least), shared["block_size"]),
+        }  # fmt: skip
+        return ProbePlan(name, num_singular_values=wanted, **sizes, **shared)
+
+    def values(name: str) -> ProbePlan:
+        """The two algorithms that take function values."""
+        count = 4 * size if name == "perturbation" else size
+        if max_products is not None:
+            count = max_products - quadrature - fixed["flipd_products"]
+        complete = name == "central_difference" and count >= size
+        sizes = {
+            "spectrum_products": size if complete else count, "memory": 32 * count * size * maps,
+            "step_products": STEP_PRODUCTS if name == "central_difference" else 0,
+            "log_volume_products": 0 if complete else quadrature,
+        }  # fmt: skip
+        return ProbePlan(name, num_singular_values=num_singular_values, **sizes, **shared)
+
+    if method in ("golub_kahan", "randomized") and not reverse:
+        raise ValueError(
+            f"spectrum={method!r} needs reverse products, which a black box (derivative='difference') does not have. Expected "
+            "spectrum='central_difference', or symmetric=True where you know that the Jacobian is symmetric."
+        )
+    if quadrature and not reverse and size > AUTO_DENSE:
+        raise ValueError(
+            "log_volume_epsilon needs reverse products. Expected symmetric=True where you know that, or no log-volume."
+        )
+    makers = {"dense": dense} | {name: functools.partial(largest, name) for name in ("golub_kahan", "randomized")}
+    makers |= {name: functools.partial(values, name) for name in ("perturbation", "central_difference")}
+    if method != "auto":
+        candidates = [makers[method]()]
+    else:
+        few = size <= PRODUCTS_PER_VALUE * wanted if num_singular_values else size <= AUTO_DENSE
+        order = ["dense", "golub_kahan"] if few else ["golub_kahan", "dense"]
+        candidates = [makers[name]() for name in order if reverse or name == "dense"]
+    return _first_that_fits(candidates, max_products, max_memory, step)
+
+
+def _first_that_fits(candidates: list[ProbePlan], max_products: int | None, max_memory: int | None, step: int) -> ProbePlan:
+    """The first plan within the limits; ValueError that says what each would need."""
+    needs = []
+    for plan in candidates:
+        least = {
+            "golub_kahan": 2 * max(plan.num_singular_values or 1, plan.block_size), "dense": plan.size,
+            "randomized": plan.spectrum_products, "perturbation": 4, "central_difference": 1,
+        }[plan.method]  # fmt: skip
+        repeated = 2 if plan.denoised_products else 1
+        others = plan.trace_products + plan.log_volume_products + plan.flipd_products
+        products = least * repeated + others
+        fits = max_products is None or (plan.spectrum_products >= least and products <= max_products)
+        if fits and (max_memory is None or plan.memory <= max_memory):
+            return plan
+        needs.append(f"{plan.method} needs {products} products and {_bytes(plan.memory)}")
+    limits = [f"max_products={max_products}"] * (max_products is not None)
+    limits += [f"max_probe_memory={max_memory}"] * (max_memory is not None)
+    size = candidates[0].size
+    raise ValueError(
+        f"{' and '.join(limits)} cannot be met for samples of {size} numbers, per recorded step and sample: {'; '.join(needs)}. "
+        "Expected a larger limit, a smaller num_singular_values, or spectrum='central_difference' with as many directions as fit."
+    )
+
+
+def fit_to_limits(
+    plan: ProbePlan, costs: ProductCosts, places: int, *, max_seconds: float | None, max_memory: int | None
+) -> ProbePlan:
+    """The plan with Golub-Kahan's budget and the chunk size shrunk to the limits.
+
+    Args:
+        plan: What was asked for.
+        costs: Of its products.
+        places: Recorded steps times samples.
+        max_seconds: Of all probing.
+        max_memory: Bytes of matrices, bases and products in flight.
+
+    Raises:
+        ValueError: a limit that shrinking cannot meet; it says what can be met.
+    """
+    if max_memory is not None and costs.memory:
+        room = (max_memory - plan.memory) // costs.memory
+        if room < 1:
+            raise ValueError(
+                f"max_probe_memory={max_memory}. Expected at least {plan.memory + costs.memory}: {plan.memory} bytes for "
+                f"{plan.method} and {costs.memory} for one product in flight."
+            )
+        plan = replace(plan, chunk_size=min(plan.chunk_size, room))
+    if max_seconds is None or costs.seconds(plan) * places <= max_seconds:
+        return plan
+    shrunk, per_product = (
+        plan,
+        costs.seconds(replace(plan, spectrum_products=1)) - costs.seconds(replace(plan, spectrum_products=0)),
+    )
+    if plan.method == "golub_kahan":
+        repeated = 2 if plan.denoised_products else 1
+        least = 2 * max(plan.num_singular_values, plan.block_size)
+        fixed = costs.seconds(replace(plan, spectrum_products=0, denoised_products=0))
+        spent = max(least, int((max_seconds / places - fixed) / per_product) // repeated)
+        shrunk = replace(plan, spectrum_products=spent, denoised_products=spent * (repeated - 1))
+    needed = costs.seconds(shrunk) * places
+    if needed > max_seconds:
+        raise ValueError(
+            f"max_probe_seconds={max_seconds:g}. Expected at least {needed:.3g} for {plan.method} at {places} recorded steps and "
+            f"samples: record at most {int(max_seconds / costs.seconds(shrunk))} of them, or ask for fewer singular values."
+        )
+    return shrunk
+
+
+def choose_within_limits(
+    step: RecordedStep, places: int, settings: dict[str, Any], request: dict[str, Any]
+) -> tuple[ProbePlan, ProductCosts | None]:
+    """The probe plan for a request at ``places`` recorded steps times samples; products are timed only where a limit needs it.
+
+    A request for "auto" that is too slow in its first choice is tried with Golub-Kahan.
+    """
+    denoiser, x_t = step.branch(settings["branch"]).select(0), to_float32(step.sample[0])
+    limits = {"max_seconds": settings["max_probe_seconds"], "max_memory": settings["max_probe_memory"]}
+    plan = plan_probe(x_t.numel(), max_memory=limits["max_memory"], **request)
+    if limits["max_seconds"] is None and limits["max_memory"] is None:
+        return plan, None
+    costs = measure_costs(plan, denoiser, x_t)
+    try:
+        return fit_to_limits(plan, costs, places, **limits), costs
+    except ValueError:
+        reverse = plan.derivative == "autograd" or plan.symmetric
+        if request["method"] != "auto" or plan.method == "golub_kahan" or not reverse:
+            raise
+    plan = plan_probe(x_t.numel(), max_memory=limits["max_memory"], **request | {"method": "golub_kahan"})
+    costs = measure_costs(plan, denoiser, x_t)
+    return fit_to_limits(plan, costs, places, **limits), costs
+
+
+def plan_recording(pipe: Any, args: tuple, kwargs: dict, settings: dict[str, Any], request: dict[str, Any]) -> GeometryPlan:
+    """Runs the pipeline up to its first recorded step and states what the request would cost there.
+
+    Args:
+        pipe: The pipeline.
+        args: Positional arguments of its call.
+        kwargs: Keyword arguments of its call.
+        settings: The checked arguments of the analysis.
+        request: The arguments of :func:`plan_probe` among them.
+    """
+    record_steps, engine = settings["record_steps"], settings["probe_engine"]
+    with record(pipe, record_steps, engine=engine, derivative=request["derivative"]) as recording:
+        recording.stop_after_recording = 1
+        try:
+            pipe(*args, **kwargs)
+        except RecordedEnough:
+            if hasattr(pipe, "maybe_free_model_hooks"):
+                pipe.maybe_free_model_hooks()
+    step = recording[0]
+    count, samples = len(resolve_steps(record_steps, recording.total_steps)), len(step.sample)
+    plan, costs = choose_within_limits(step, count * samples, settings, request)
+    costs = costs or measure_costs(plan, step.branch(settings["branch"]).select(0), to_float32(step.sample[0]))
+    return GeometryPlan(plan, count, samples, costs, step.engine)
+
+
+def _bytes(count: int) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
