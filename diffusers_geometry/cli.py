@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import sys
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .loading import UsageError, call_arguments, load_pipeline, one_line
+
 if TYPE_CHECKING:
     from .trajectory import GeometryTrace
 
@@ -22,123 +23,116 @@ app = typer.Typer(
 )  # fmt: skip
 
 
-class UsageError(Exception):
-    """What the user asked for cannot be done; the message says what can."""
-
-
 @app.callback()
 def _common() -> None:
     """Reads the geometry of a diffusion model's score while a diffusers pipeline generates."""
 
 
+Model = Annotated[str | None, typer.Argument(help="Folder or Hub id of a diffusers pipeline; the bundled digits if left out.")]
+Prompt = Annotated[str | None, typer.Option(help="Text prompt, for pipelines that take one.")]
+ClassLabel = Annotated[list[int] | None, typer.Option(help="Class label (repeatable), for class-conditional pipelines.")]
+Steps = Annotated[int, typer.Option(help="Denoising steps.")]
+RecordSteps = Annotated[str, typer.Option(help="How many steps to analyse, 'all', or positions such as 0,10,49.")]
+Seed = Annotated[int, typer.Option(help="Seed of the generation.")]
+Call = Annotated[list[str] | None, typer.Option(help="Any other argument of the pipeline, key=value (repeatable).")]
+Method = Annotated[
+    str,
+    typer.Option(help="auto, dense, golub_kahan, randomized, perturbation (Algorithm 1) or central_difference (Algorithm 2)."),
+]
+Of = Annotated[str, typer.Option(help="Which map: denoised, score or epsilon.")]
+Branch = Annotated[str, typer.Option(help="Branch of guidance: guided, conditional or unconditional.")]
+NumSingularValues = Annotated[int | None, typer.Option(help="How many of the largest singular values; all if the method has them.")]
+Flipd = Annotated[bool, typer.Option("--flipd", help="Also take the local intrinsic dimension at the final sample.")]
+LogVolume = Annotated[
+    float | None, typer.Option("--log-volume", help="Also take 1/2 log det(J'J + EPSILON^2), with this EPSILON.", metavar="EPSILON")
+]
+MaxProducts = Annotated[int | None, typer.Option(help="Budget of Jacobian products per step and sample.")]
+MaxSeconds = Annotated[float | None, typer.Option(help="Limit for all probing, in seconds; sets method and budgets.")]
+MaxMemory = Annotated[int | None, typer.Option(help="Limit for probing, in MiB; sets method and chunk size.")]
+Dtype = Annotated[str, typer.Option(help="Weights: float32, bfloat16 or float16 (probes run in float32 all the same).")]
+Device = Annotated[str, typer.Option(help="Torch device.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
 @app.command()
 def analyze(
-    model: Annotated[
-        str | None, typer.Argument(help="Folder or Hub id of a diffusers pipeline; the bundled digits if left out.")
-    ] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text prompt, for pipelines that take one.")] = None,
-    class_label: Annotated[
-        list[int] | None, typer.Option(help="Class label (repeatable), for class-conditional pipelines.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    record_steps: Annotated[str, typer.Option(help="How many steps to analyse, 'all', or positions such as 0,10,49.")] = "10",
-    seed: Annotated[int, typer.Option(help="Seed of the generation.")] = 0,
-    call: Annotated[list[str] | None, typer.Option(help="Any other argument of the pipeline, key=value (repeatable).")] = None,
+    model: Model = None,
+    prompt: Prompt = None,
+    class_label: ClassLabel = None,
+    steps: Steps = 50,
+    record_steps: RecordSteps = "10",
+    seed: Seed = 0,
+    call: Call = None,
     output: Annotated[Path, typer.Option(help="Folder for the trace and the figure.")] = Path("geometry"),
-    spectrum: Annotated[
-        str, typer.Option(help="auto, dense, perturbation (Algorithm 1) or central_difference (Algorithm 2).")
-    ] = "auto",
-    of: Annotated[str, typer.Option(help="Which map: denoised, score or epsilon.")] = "denoised",
-    max_products: Annotated[int | None, typer.Option(help="Budget of Jacobian products per step and sample.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Weights: float32, bfloat16 or float16 (probes run in float32 all the same).")
-    ] = "float32",
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    spectrum: Method = "auto",
+    of: Of = "denoised",
+    branch: Branch = "guided",
+    num_singular_values: NumSingularValues = None,
+    flipd: Flipd = False,
+    log_volume: LogVolume = None,
+    max_products: MaxProducts = None,
+    max_seconds: MaxSeconds = None,
+    max_memory: MaxMemory = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    as_json: AsJson = False,
 ) -> None:
     """Generate once and print what the score's Jacobian does at the recorded steps."""
+    options = _probe_options(locals())
     _check_writable(output)
-    pipe = load_pipeline(model, dtype, device)
-    arguments = _call_arguments(pipe, prompt, class_label, steps, seed, call or [])
-    trace = pipe.analyze_geometry(
-        **arguments, record_steps=_record_steps(record_steps), spectrum=spectrum, of=of, max_products=max_products
-    )  # fmt: skip
-    trace.save_pretrained(output)
-    trace.plot(output / "geometry.png")
+    pipe, arguments = _load(locals())
+    trace = pipe.analyze_geometry(**arguments, **options)
+    trace.save_pretrained(output, figure="geometry.png")
     if as_json:
         print(json.dumps(_document(trace, output), indent=1, allow_nan=False))
     else:
         _print_trace(trace, output)
 
 
-def load_pipeline(model: str | None, dtype: str = "float32", device: str = "cpu") -> Any:
-    """A geometry pipeline from a folder, a Hub id, or the bundled digits; safetensors only.
-
-    Raises:
-        UsageError: nothing can be loaded there, unknown dtype or device.
-    """
-    from .bundled import DIGITS
-
-    name = str(DIGITS) if model is None else model
-    if Path(name).exists() and not (Path(name) / "model_index.json").is_file():
-        raise UsageError(f"{name} holds no pipeline. Expected a folder with a model_index.json, as save_pretrained writes it.")
-    import diffusers
-    import torch
-
-    from .mixin import with_geometry
-
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise UsageError(f"dtype {dtype!r} is not known. Expected one of {', '.join(dtypes)}.")
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
-    try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtypes[dtype], use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        if Path(name).exists():
-            raise UsageError(f"cannot load the pipeline in {name}: {_one_line(error)}") from error
-        raise UsageError(
-            f"no model {name!r}: it is not a folder, and the Hub did not give it ({_one_line(error).split(': ')[-1][:160]}). "
-            "Expected an existing folder or a Hub id such as org/name."
-        ) from error
-    return with_geometry(pipe.to(torch.device(device)))
+@app.command()
+def plan(
+    model: Model = None,
+    prompt: Prompt = None,
+    class_label: ClassLabel = None,
+    steps: Steps = 50,
+    record_steps: RecordSteps = "10",
+    seed: Seed = 0,
+    call: Call = None,
+    spectrum: Method = "auto",
+    of: Of = "denoised",
+    branch: Branch = "guided",
+    num_singular_values: NumSingularValues = None,
+    flipd: Flipd = False,
+    log_volume: LogVolume = None,
+    max_products: MaxProducts = None,
+    max_seconds: MaxSeconds = None,
+    max_memory: MaxMemory = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Say what an analysis would cost in products, seconds and memory, before it is spent."""
+    options = _probe_options(locals())
+    pipe, arguments = _load(locals())
+    planned = pipe.plan_geometry(**arguments, **options)
+    print(json.dumps(planned.rows(), indent=1, allow_nan=False) if as_json else planned.table())
 
 
-def _call_arguments(
-    pipe: Any, prompt: str | None, labels: list[int] | None, steps: int, seed: int, call: list[str]
-) -> dict[str, Any]:
-    """Keyword arguments for the pipeline's call, checked against its signature."""
-    import torch
-
-    if steps < 1:
-        raise UsageError(f"--steps {steps} is not possible. Expected at least 1.")
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    arguments: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": steps}
-    if prompt is not None:
-        arguments["prompt"] = prompt
-    if labels:
-        arguments["class_labels"] = labels
-    for item in call:
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise UsageError(f"--call {item!r} has no value. Expected key=value.")
-        arguments[key] = _literal(value)
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    for name in arguments:
-        if name not in parameters and not open_ended:
-            accepted = ", ".join(list(parameters)[1:])
-            raise UsageError(f"{type(pipe).__name__} takes no argument {name!r}. Expected one of: {accepted}.")
-    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in ("self", *arguments) and p.kind not in (2, 4)]
-    if missing:
-        raise UsageError(f"{type(pipe).__name__} needs {', '.join(missing)}. Expected --prompt, --class-label or --call key=value.")
-    return arguments
+def _probe_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The analysis's own arguments from the options of a command."""
+    memory = given["max_memory"]
+    return {
+        "record_steps": _record_steps(given["record_steps"]), "log_volume_epsilon": given["log_volume"],
+        "max_probe_seconds": given["max_seconds"], "max_probe_memory": None if memory is None else memory * 2**20,
+        **{k: given[k] for k in ("spectrum", "of", "branch", "num_singular_values", "flipd", "max_products")},
+    }  # fmt: skip
 
 
-def _literal(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+def _load(given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The pipeline and its call's arguments from the options of a command."""
+    pipe = load_pipeline(given["model"], given["dtype"], given["device"])
+    names = ("prompt", "class_label", "steps", "seed")
+    return pipe, call_arguments(pipe, *(given[name] for name in names), given["call"] or [])
 
 
 def _record_steps(text: str) -> int | list[int] | str:
@@ -161,7 +155,7 @@ def _check_writable(folder: Path) -> None:
             raise NotADirectoryError(f"{existing} is not a folder")
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise UsageError(f"cannot write to --output {folder}: {_one_line(error)}. Expected a folder that can be written.") from None
+        raise UsageError(f"cannot write to --output {folder}: {one_line(error)}. Expected a folder that can be written.") from None
 
 
 def _document(trace: GeometryTrace, output: Path) -> dict[str, Any]:
@@ -197,6 +191,7 @@ def _print_trace(trace: GeometryTrace, output: Path) -> None:
         "tr D'",
         "gap",
         "asymmetry",
+        *[name for name in ("flipd", "log_volume") if trace.rows()[0][name] is not None],
         "engine",
         "products",
     ]
@@ -205,7 +200,9 @@ def _print_trace(trace: GeometryTrace, output: Path) -> None:
     for row in trace.rows():
         cells = [str(row["step"]), *([str(row["sample"])] if batch > 1 else []), _number(row["sigma"], ".3g", "inf"), row["phase"]]
         cells += [_with_sem(row, "psi"), str(row["psi_rank"]), _with_sem(row, "nu"), _with_sem(row, "effective_dimension")]
-        cells += [_number(row["gap_dim"], ".0f"), _number(row["asymmetry"], ".3f"), row["engine"], str(row["products"])]
+        cells += [_number(row["gap_dim"], ".0f"), _number(row["asymmetry"], ".3f")]
+        cells += [_with_sem(row, name) for name in ("flipd", "log_volume") if name in columns]
+        cells += [row["engine"], str(row["products"])]
         table.add_row(*cells)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
@@ -237,16 +234,22 @@ def _number(value: float | None, layout: str, missing: str = "-") -> str:
     return missing if value is None else format(value, layout)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line; errors are one line on stderr and exit status 2 (a traceback with HF_GEOMETRY_TRACEBACK=1)."""
+    """Runs the command line; an error is one line on stderr and exit status 2 (a traceback with HF_GEOMETRY_TRACEBACK=1)."""
     try:
-        app(args=arguments, prog_name="hf-geometry")
-    except (UsageError, ValueError, TypeError, RuntimeError, FloatingPointError, OSError) as error:
+        status = app(args=arguments, prog_name="hf-geometry", standalone_mode=False)
+    except Exception as error:
         if os.environ.get("HF_GEOMETRY_TRACEBACK"):
             raise
-        print(f"hf-geometry: {_one_line(error)}", file=sys.stderr)
+        print(f"hf-geometry: {_explained(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _explained(error: Exception) -> str:
+    """One line for what a user can mend; the type and how to see more for what looks like a defect."""
+    if hasattr(error, "format_message"):  # what typer found wrong with an option
+        return f"{error.format_message().rstrip('.')}. Try --help."
+    if isinstance(error, (UsageError, ValueError, TypeError, RuntimeError, FloatingPointError, OSError)):
+        return one_line(error)
+    return f"{type(error).__name__}: {one_line(error)} (HF_GEOMETRY_TRACEBACK=1 shows where)"

@@ -11,16 +11,29 @@ from torch import Tensor
 
 
 def write_together(directory: Path, contents: dict[str, bytes]) -> None:
-    """Writes all files or none: each beside its place first, then renamed; what was written is removed on failure."""
+    """Writes all files or none: each beside its place first, then renamed; on failure the files that were there come back."""
     directory.mkdir(parents=True, exist_ok=True)
-    partial = {directory / f".{name}.partial": data for name, data in contents.items()}
+    partial = {name: directory / f".{name}.partial" for name in contents}
+    previous = {name: directory / f".{name}.previous" for name in contents}
+    placed: list[str] = []
     try:
-        for path, data in partial.items():
-            path.write_bytes(data)
-        for path in partial:
-            path.replace(directory / path.name.removeprefix(".").removesuffix(".partial"))
+        for name, data in contents.items():
+            partial[name].write_bytes(data)
+        for name, path in partial.items():
+            if (directory / name).is_dir():
+                raise IsADirectoryError(f"{directory / name} is a folder. Expected a place for a file.")
+            if (directory / name).exists():
+                (directory / name).replace(previous[name])
+            placed.append(name)
+            path.replace(directory / name)
+    except BaseException:
+        for name in placed:
+            (directory / name).unlink(missing_ok=True)
+            if previous[name].exists():
+                previous[name].replace(directory / name)
+        raise
     finally:
-        for path in partial:
+        for path in (*partial.values(), *previous.values()):
             path.unlink(missing_ok=True)
 
 
@@ -32,8 +45,10 @@ def pack_images(images: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any] | 
         arrays["images"] = images
         return {"kind": "numpy"}
     if isinstance(images, Tensor):
-        arrays["images"] = images.detach().cpu().float().numpy()
-        return {"kind": "torch"}
+        # NumPy has no bfloat16; float32 holds it exactly.
+        half = images.dtype == torch.bfloat16
+        arrays["images"] = (images.float() if half else images).detach().cpu().numpy()
+        return {"kind": "torch", "dtype": str(images.dtype).removeprefix("torch.")}
     for i, image in enumerate(images):
         arrays[f"images.{i}"] = np.asarray(image)
         if arrays[f"images.{i}"].dtype == object:
@@ -46,7 +61,11 @@ def unpack_images(packed: dict[str, Any] | None, arrays: dict[str, np.ndarray]) 
     if packed is None:
         return None
     if packed["kind"] in ("numpy", "torch"):
-        return arrays["images"] if packed["kind"] == "numpy" else torch.from_numpy(arrays["images"])
+        return (
+            arrays["images"]
+            if packed["kind"] == "numpy"
+            else torch.from_numpy(arrays["images"]).to(getattr(torch, packed["dtype"]))
+        )
     images = [arrays[f"images.{i}"] for i in range(packed["count"])]
     if packed["kind"] == "list":
         return images

@@ -142,8 +142,8 @@ class GeometryTrace:
 
         return plot_trace(self, path, sample=sample)
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes ``trace.json`` and ``trace.safetensors`` into ``directory``, both or none."""
+    def save_pretrained(self, directory: str | os.PathLike, *, figure: str | None = None) -> None:
+        """Writes ``trace.json`` and ``trace.safetensors`` into ``directory``, and ``figure`` by that name: all or none."""
         from safetensors.numpy import save
 
         arrays: dict[str, np.ndarray] = {}
@@ -157,21 +157,33 @@ class GeometryTrace:
             ARRAYS_NAME: save({name: np.ascontiguousarray(a) for name, a in arrays.items()}),
             JSON_NAME: (json.dumps(document, indent=1, allow_nan=False) + "\n").encode(),
         }
+        if figure is not None:
+            from .viz import figure_bytes, plot_trace
+
+            contents[figure] = figure_bytes(plot_trace(self), figure)
         write_together(Path(directory), contents)
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike) -> GeometryTrace:
         """Reads what :meth:`save_pretrained` wrote; raises FileNotFoundError or ValueError for anything else."""
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         path = Path(directory)
         if not (path / JSON_NAME).is_file() or not (path / ARRAYS_NAME).is_file():
             raise FileNotFoundError(f"{path} holds no trace. Expected the files {JSON_NAME} and {ARRAYS_NAME}.")
-        document, arrays = json.loads((path / JSON_NAME).read_text()), load_file(path / ARRAYS_NAME)
-        if document.get("format") != FORMAT:
+        try:
+            document, arrays = json.loads((path / JSON_NAME).read_text()), load_file(path / ARRAYS_NAME)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} holds a damaged trace: {error}. Expected what save_pretrained wrote.") from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            document = document if isinstance(document, dict) else {}
             raise ValueError(f"{path / JSON_NAME} has format {document.get('format')!r}. Expected {FORMAT}: analyse again.")
-        steps = tuple(unpack_step(step, arrays) for step in document["steps"])
-        return cls(steps, document["settings"], unpack_images(document["images"], arrays))
+        try:
+            steps = tuple(unpack_step(step, arrays) for step in document["steps"])
+            return cls(steps, document["settings"], unpack_images(document["images"], arrays))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} holds a damaged trace: {error!r} is missing. Expected what save_pretrained wrote.") from error
 
 
 def _finite(value: float) -> float | None:

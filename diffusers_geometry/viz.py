@@ -53,10 +53,15 @@ def plot_trace(trace: GeometryTrace, path: str | os.PathLike | None = None, *, s
     names = [trace.settings[name] for name in ("pipeline", "scheduler") if name in trace.settings]
     figure.suptitle(", ".join(names) + ": geometry of the score over one generation", fontsize=12)
     if path is not None:
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png", dpi=140)
-        write_together(Path(path).parent, {Path(path).name: buffer.getvalue()})
+        write_together(Path(path).parent, {Path(path).name: figure_bytes(figure, path)})
     return figure
+
+
+def figure_bytes(figure: Figure, path: str | os.PathLike) -> bytes:
+    """The figure in the format of the path's suffix."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=Path(path).suffix.lstrip(".") or "png", dpi=140)
+    return buffer.getvalue()
 
 
 def _draw_spectra(axes: Axes, colourbar: Axes, trace: GeometryTrace, sample: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import ddpm_pipeline, dit_pipeline
 
 from diffusers_geometry import GeometryTrace
@@ -26,6 +27,9 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     ddpm_pipeline().save_pretrained(folder / "ddpm")
     dit_pipeline().save_pretrained(folder / "dit")
+    for name, text in {"strange": '{"_class_name": "NoSuchPipeline"}', "list": "[1]", "noise": "{"}.items():
+        (folder / name).mkdir()
+        (folder / name / "model_index.json").write_text(text)
     return folder
 
 
@@ -78,9 +82,19 @@ def test_class_labels_and_seed(models, tmp_path):
         (("{models}/dit",), "DiTPipeline needs class_labels. Expected --prompt, --class-label or --call"),
         (("{models}/ddpm", "--call", "batch_size"), "has no value. Expected key=value"),
         (("{models}/ddpm", "--spectrum", "magic"), "spectrum='magic'. Expected one of"),
-        (("{models}/ddpm", "--steps", "2", "--max-products", "3"), "more than max_products=3"),
+        (("{models}/ddpm", "--steps", "2", "--max-products", "3"), "max_products=3 cannot be met"),
         (("{models}/ddpm", "--dtype", "int8"), "dtype 'int8' is not known. Expected one of float32, bfloat16, float16"),
-        (("{models}/ddpm", "--device", "abacus"), "abacus"),
+        (("{models}/ddpm", "--device", "abacus"), "--device abacus cannot be used here"),
+        (("{models}/ddpm", "--device", "cuda:99"), "--device cuda:99 cannot be used here"),
+        (("{models}/ddpm", "--steps", "abc"), "Invalid value for '--steps'.*Try --help"),
+        (("{models}/ddpm", "--call", "generator=5"), "--call generator is set by --seed"),
+        (("{models}/ddpm", "--call", "num_inference_steps=0"), "--call num_inference_steps is set by --steps"),
+        (("{models}/ddpm", "--max-memory", "0"), "max_probe_memory=0. Expected a positive integer"),
+        (("{models}/ddpm", "--steps", "2", "--max-seconds", "1e-9"), "max_probe_seconds=1e-09. Expected at least"),
+        (("{models}/dit", "--class-label", "5000"), "--class-label 5000 is not a class of this model. Expected 0 to 999"),
+        (("{models}/strange",), "names the pipeline class 'NoSuchPipeline'. Expected one of diffusers"),
+        (("{models}/list",), "names the pipeline class None"),
+        (("{models}/noise",), "is not JSON"),
         (("{models}/ddpm", "--output", "{models}/ddpm/model_index.json/out"), "cannot write to --output"),
     ],
 )
@@ -97,6 +111,33 @@ def test_errors_are_one_line_and_leave_nothing(arguments, message, models, tmp_p
     assert error.startswith("hf-geometry: ")
     assert "Traceback" not in error
     assert not output.exists()
+
+
+def test_plan_says_what_analyze_would_take(models, tmp_path, capsys):
+    arguments = (str(models / "ddpm"), "--steps", "4", "--record-steps", "2", "--call", "batch_size=3", "--flipd", "--json")
+    assert run("plan", *arguments) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert (planned["method"], planned["dimension"], planned["steps"], planned["samples"]) == ("dense", 64, 2, 3)
+    assert planned["products"] == 2 * 3 * (64 + 64)
+    assert planned["seconds"] > 0
+    assert planned["memory_bytes"] > 36 * 64**2
+    assert run("analyze", *arguments, "--output", str(tmp_path)) == 0
+    spent = json.loads(capsys.readouterr().out)
+    assert sum(row["products"] for row in spent["steps"]) == planned["products"]
+    assert all(row["flipd"] is not None and row["flipd_sem"] == 0 for row in spent["steps"])
+
+
+def test_plan_has_a_table(models, capsys):
+    assert run("plan", str(models / "ddpm"), "--steps", "4", "--spectrum", "golub_kahan", "--num-singular-values", "3") == 0
+    printed = capsys.readouterr().out
+    assert "golub_kahan" in printed
+    assert "seconds_per_forward_product" in printed
+
+
+def test_bfloat16_pipelines(models, tmp_path, capsys):
+    arguments = (str(models / "ddpm"), "--dtype", "bfloat16", "--steps", "2", "--record-steps", "1", "--output", str(tmp_path))
+    assert run("analyze", *arguments) == 0
+    assert GeometryTrace.from_pretrained(tmp_path).images.dtype == torch.bfloat16
 
 
 def test_an_unknown_scheduler_is_refused_by_name(models, tmp_path, capsys):

@@ -44,6 +44,7 @@ HOST = [
     "analyze",
     "mixin",
     "selfcheck",
+    "loading",
     "cli",
 ]
 STREET = NUMERICAL + HOST

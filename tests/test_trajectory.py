@@ -230,8 +230,8 @@ def test_senseless_arguments_are_refused(options, message):
 
 def test_a_large_dimension_takes_golub_kahan_by_itself():
     """d = 4096 without attention: auto does not build the matrix, and says what it did."""
-    network = diffusers.UNet2DModel(64, 1, 1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
-                                    down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False)  # fmt: skip
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False}
+    network = diffusers.UNet2DModel(64, 1, 1, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, **blocks)
     pipe = with_geometry(quiet(diffusers.DDPMPipeline(randomised(network), diffusers.DDPMScheduler())))
     call = {"num_inference_steps": 2, "record_steps": [1], "progress": False}
     found = pipe.analyze_geometry(**call, max_products=100, num_singular_values=4)

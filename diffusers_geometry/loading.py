@@ -1,0 +1,120 @@
+"""A geometry pipeline from a name, and the arguments of its call from text: what the commands share."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message says what can."""
+
+
+def load_pipeline(model: str | None, dtype: str = "float32", device: str = "cpu") -> Any:
+    """A geometry pipeline from a folder, a Hub id, or the bundled digits; safetensors only.
+
+    Raises:
+        UsageError: nothing can be loaded there, unknown dtype or device.
+    """
+    from .bundled import DIGITS
+
+    name = str(DIGITS) if model is None else model
+    if Path(name).exists() and not (Path(name) / "model_index.json").is_file():
+        raise UsageError(f"{name} holds no pipeline. Expected a folder with a model_index.json, as save_pretrained writes it.")
+    import diffusers
+    import torch
+
+    from .mixin import with_geometry
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise UsageError(f"dtype {dtype!r} is not known. Expected one of {', '.join(dtypes)}.")
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        raise UsageError(f"--device {device} cannot be used here: {one_line(error)}") from error
+    if Path(name).exists():
+        _check_index(Path(name) / "model_index.json")
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtypes[dtype], use_safetensors=True)
+    except Exception as error:  # diffusers raises whatever the broken file makes it raise
+        if Path(name).exists():
+            raise UsageError(f"cannot load the pipeline in {name}: {one_line(error)}") from error
+        raise UsageError(
+            f"no model {name!r}: it is not a folder, and the Hub did not give it. Expected an existing folder or a Hub id such as "
+            f"org/name. ({one_line(error)})"
+        ) from error
+    return with_geometry(pipe.to(torch.device(device)))
+
+
+def _check_index(path: Path) -> None:
+    """Refuses a model_index.json that names no pipeline of this diffusers."""
+    import diffusers
+
+    try:
+        index = json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {one_line(error)}") from error
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(name, str) or not hasattr(diffusers, name):
+        raise UsageError(f"{path} names the pipeline class {name!r}. Expected one of diffusers {diffusers.__version__}.")
+
+
+def call_arguments(
+    pipe: Any, prompt: str | None, labels: list[int] | None, steps: int, seed: int, call: list[str]
+) -> dict[str, Any]:
+    """Keyword arguments for the pipeline's call, checked against its signature."""
+    import torch
+
+    if steps < 1:
+        raise UsageError(f"--steps {steps} is not possible. Expected at least 1.")
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    arguments: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": steps}
+    if prompt is not None:
+        arguments["prompt"] = prompt
+    if labels:
+        arguments["class_labels"] = labels
+    for item in call:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise UsageError(f"--call {item!r} has no value. Expected key=value.")
+        if key in ("generator", "num_inference_steps"):
+            raise UsageError(f"--call {key} is set by --{'seed' if key == 'generator' else 'steps'}. Expected that option.")
+        arguments[key] = _literal(value)
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for name in arguments:
+        if name not in parameters and not open_ended:
+            accepted = ", ".join(list(parameters)[1:])
+            raise UsageError(f"{type(pipe).__name__} takes no argument {name!r}. Expected one of: {accepted}.")
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in ("self", *arguments) and p.kind not in (2, 4)]
+    if missing:
+        raise UsageError(f"{type(pipe).__name__} needs {', '.join(missing)}. Expected --prompt, --class-label or --call key=value.")
+    _check_labels(pipe, labels or [])
+    if pipe.dtype == torch.bfloat16 and "output_type" in parameters and "output_type" not in arguments:
+        arguments["output_type"] = "pt"  # NumPy has no bfloat16, so that pixel pipelines cannot make PIL images of it
+    return arguments
+
+
+def _check_labels(pipe: Any, labels: list[int]) -> None:
+    """Refuses class labels that the network has no embedding for."""
+    config = getattr(getattr(pipe, "transformer", None), "config", {})
+    classes = config.get("num_embeds_ada_norm")
+    outside = [label for label in labels if classes is not None and not 0 <= label <= classes]
+    if outside:
+        raise UsageError(f"--class-label {outside[0]} is not a class of this model. Expected 0 to {classes - 1}.")
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without line breaks, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
