@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, get_args
@@ -20,8 +21,9 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from .difference import require_finite
-from .drive import Drive, PipelineCall, own_output
+from .drive import Drive, PipelineCall, keeping_attention_processors, own_output
 from .jacobian import Derivative
+from .precision import check_probeable
 from .recorded_step import Engine, RecordedStep
 from .replay import NetworkCall, is_duplicated, may_hold
 from .schedule import loop_position, noise_level, scheduler_family
@@ -64,7 +66,7 @@ class Recording(Sequence[RecordedStep]):
     def __enter__(self) -> Recording:
         if self._used:
             raise RuntimeError("this recording was entered before. Expected one `with record(pipe)` block per recording.")
-        if getattr(type(self.pipe), "_is_recorded", False):
+        if getattr(type(self.pipe), "_is_recorded", False) or getattr(self.pipe.scheduler.step, "is_recording", False):
             raise RuntimeError(f"{type(self.pipe).__name__} is being recorded already. Expected one recording at a time.")
         self._used = True
         with ExitStack() as undo:
@@ -92,10 +94,13 @@ class Recording(Sequence[RecordedStep]):
 
         @functools.wraps(pipeline_class.__call__)
         def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+            if pipe is not recording.pipe:  # a copy of the pipeline, made while it was recorded
+                return pipeline_class.__call__(pipe, *args, **kwargs)
             if recording._call is not None:
                 raise RuntimeError("a recording holds one pipeline call, and this is the second. Open another recording for it.")
             recording._call = PipelineCall.capture(pipe, pipeline_class, args, kwargs)
-            output = pipeline_class.__call__(pipe, *args, **kwargs)
+            with keeping_attention_processors(pipe):
+                output = pipeline_class.__call__(pipe, *args, **kwargs)
             if not recording._count:
                 raise RuntimeError(f"{pipeline_class.__name__} never called scheduler.step, so there is nothing to record.")
             return output
@@ -103,23 +108,29 @@ class Recording(Sequence[RecordedStep]):
         members = {"__call__": call, "__module__": pipeline_class.__module__, "_is_recorded": True}
         pipe.__class__ = type(pipeline_class.__name__, (pipeline_class,), members)
         undo.callback(setattr, pipe, "__class__", pipeline_class)
-
-        step = scheduler.step
-
-        @functools.wraps(step)
-        def recorded_step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-            recording._before_step(model_output, timestep, sample)
-            if recording.stop_after_recording is not None and len(recording) >= recording.stop_after_recording:
-                raise RecordedEnough
-            result = step(model_output, timestep, sample, *args, **kwargs)
-            recording.final_sample = result[0] if isinstance(result, tuple) else result.prev_sample
-            return result
-
-        scheduler.step = recorded_step
-        undo.callback(scheduler.__dict__.pop, "step", None)
+        undo.callback(_put_back, scheduler, "step", scheduler.__dict__.get("step"))
+        scheduler.step = types.MethodType(self._recorded_step(scheduler), scheduler)
         for module in _networks(pipe).values():
             undo.callback(module.register_forward_pre_hook(self._before_network, with_kwargs=True).remove)
             undo.callback(module.register_forward_hook(self._after_network).remove)
+
+    def _recorded_step(self, scheduler: Any) -> Callable:
+        """What stands in for ``scheduler.step``; a method, so that a copy of the scheduler steps itself and is not recorded."""
+        recording, original = self, scheduler.step
+
+        @functools.wraps(original)
+        def step(stepping: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if stepping is not scheduler:
+                return type(stepping).step(stepping, model_output, timestep, sample, *args, **kwargs)
+            recording._before_step(model_output, timestep, sample)
+            if recording.stop_after_recording is not None and len(recording) >= recording.stop_after_recording:
+                raise RecordedEnough
+            result = original(model_output, timestep, sample, *args, **kwargs)
+            recording.final_sample = result[0] if isinstance(result, tuple) else result.prev_sample
+            return result
+
+        step.is_recording = True
+        return step
 
     def _before_network(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._call is not None and (not self._wanted or self._count + self._first in self._wanted):
@@ -133,7 +144,12 @@ class Recording(Sequence[RecordedStep]):
 
     def _before_step(self, model_output: Tensor, timestep: Any, sample: Tensor) -> None:
         scheduler = self.pipe.scheduler
-        position = loop_position(scheduler, timestep, self._first + self._count)
+        if self._call is None:
+            raise RuntimeError(
+                "the recorded scheduler was stepped by something else than a call of the recorded pipeline. Expected the call "
+                "of the same object that was given to record()."
+            )
+        position = loop_position(scheduler, timestep, self._first + self._count if self._count else None)
         if not self._count:
             self._first, self.total_steps = position, len(scheduler.timesteps) - position
             self._wanted = frozenset(resolve_steps(self._steps, self.total_steps, self._first))
@@ -187,11 +203,7 @@ def record(
     scheduler_family(pipe.scheduler)
     check_steps(steps)
     for name, module in _networks(pipe).items():
-        if module.training:
-            raise ValueError(
-                f"pipe.{name} is in train mode, where dropout makes every evaluation different. Expected eval mode: call "
-                f"pipe.{name}.eval()."
-            )
+        check_probeable(name, module)
     if derivative not in get_args(Derivative):
         raise ValueError(f"derivative={derivative!r}. Expected one of {get_args(Derivative)}.")
     return Recording(pipe, steps, engine, derivative)
@@ -222,6 +234,13 @@ def resolve_steps(steps: int | Sequence[int] | str, total: int, first: int = 0) 
     if outside:
         raise ValueError(f"steps={list(steps)} has {outside}. Expected positions from {-total} to {total - 1} in a run of {total}.")
     return sorted({first + s % total for s in steps})
+
+
+def _put_back(scheduler: Any, name: str, previous: Any) -> None:
+    """Restores an attribute of the instance, or its absence."""
+    scheduler.__dict__.pop(name, None)
+    if previous is not None:
+        setattr(scheduler, name, previous)
 
 
 def _networks(pipe: Any) -> dict[str, nn.Module]:

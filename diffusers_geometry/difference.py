@@ -95,7 +95,7 @@ def choose_step(
     for _ in range(num_directions):  # the worst direction counts
         direction = orthonormal_directions(x.shape, 1, x, generator)
         noise = _rounding_noise(fn, x, direction, spacing=low / 4)
-        columns = [central_difference_columns(fn, x, direction, h)[0].double() for h in ladder]
+        columns = [central_difference_columns(fn, x, direction, h)[0].cpu().double() for h in ladder]
         rounding = [noise / (math.sqrt(2) * h) for h in ladder]
         for i in range(1, len(ladder)):
             change = (columns[i] - columns[i - 1]).norm().item()
@@ -109,7 +109,7 @@ def choose_step(
 def _rounding_noise(fn: BatchedMap, x: Tensor, direction: Tensor, *, spacing: float, points: int = 8) -> float:
     """Norm of the rounding noise in f, from the higher differences of f on a short line (Moré and Wild, 2011, eq. 2.3)."""
     offsets = torch.arange(points, dtype=x.dtype, device=x.device).reshape(-1, *[1] * x.ndim)
-    differences = evaluate(fn, x + spacing * offsets * direction, points).double()
+    differences = evaluate(fn, x + spacing * offsets * direction, points).cpu().double()
     levels = []
     for order in range(1, points - 1):
         differences = differences[1:] - differences[:-1]

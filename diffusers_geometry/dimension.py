@@ -10,6 +10,7 @@ normal bundle         n minus the position of the largest drop of the *score's* 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -39,12 +40,16 @@ def _drops(values: Tensor, complete: bool) -> Tensor:
 def gap_dim(spectrum: Spectrum) -> Estimate:
     """Number of singular values before the largest drop, for a map whose large values are kept directions (D', a decoder).
 
-    The standard error is the jackknife's where the spectrum is random; a zero map has dimension 0. Of an incomplete spectrum it
-    is converged when no drop among the values not in hand can be larger: they all lie below the last one in hand.
+    The standard error is the jackknife's where the spectrum is random. A zero map has dimension 0; NaN says that no drop is in
+    hand. Of an incomplete spectrum it is converged when no drop among the values not in hand can be larger: they all lie below the
+    last one in hand.
     """
 
     def position(values: Tensor) -> float:
-        return float(_drops(values, spectrum.complete).argmax() + 1) if values.max() > 0 else 0.0
+        drops = _drops(values, spectrum.complete)
+        if not values.max() > 0:
+            return 0.0
+        return float(drops.argmax() + 1) if drops.max() > 0 else math.nan
 
     found = spectrum.estimate(position)
     largest = _drops(spectrum.singular_values, spectrum.complete).max()
@@ -114,4 +119,4 @@ def flipd(
     trace = estimate_trace(jacobian, num_products=num_products or x_0.numel(), method=method, generator=generator)
     with torch.no_grad():
         moved = require_finite(denoiser.denoised(point[None])[0] - x_0, "the denoised clean point")
-    return replace(trace, value=trace.value + (moved.double().norm() / denoiser.sigma).item() ** 2)
+    return replace(trace, value=trace.value + (moved.cpu().double().norm() / denoiser.sigma).item() ** 2)

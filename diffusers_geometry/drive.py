@@ -11,13 +11,13 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _CALLBACKS = ("callback", "callback_on_step_end")
 _PATCHED = ("set_timesteps", "scale_model_input", "step")
@@ -45,6 +45,7 @@ class PipelineCall:
         arguments: Keyword arguments of the call (positional ones bound to their names), callbacks left out.
         generator_states: States that the call's generators had at its start.
         rng_states: States of torch's global generators at its start, per device type.
+        positional: What the call passed through a ``*args``, with everything before it.
     """
 
     pipe: Any
@@ -52,22 +53,28 @@ class PipelineCall:
     arguments: dict[str, Any]
     generator_states: list[tuple[torch.device, Tensor]] = field(default_factory=list)
     rng_states: dict[str, Any] = field(default_factory=dict)
+    positional: tuple = ()
 
     @classmethod
     def capture(cls, pipe: Any, pipeline_class: type, args: tuple, kwargs: dict) -> PipelineCall:
         """Takes down the call ``pipe(*args, **kwargs)`` before it is made."""
         bound = inspect.signature(pipeline_class.__call__).bind(pipe, *args, **kwargs)
-        arguments = dict(list(bound.arguments.items())[1:])
+        arguments, positional = dict(list(bound.arguments.items())[1:]), ()
         for name, parameter in bound.signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 arguments |= arguments.pop(name, {})
+            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                # Python binds what stands before *args by position too.
+                before = list(bound.signature.parameters)[1 : list(bound.signature.parameters).index(name)]
+                positional = (*(arguments.pop(n) for n in before if n in arguments), *arguments.pop(name, ()))
         arguments = {k: v for k, v in arguments.items() if k not in _CALLBACKS}
         generator = arguments.get("generator")
         generators = generator if isinstance(generator, (list, tuple)) else [generator] if generator is not None else []
         states = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             states["cuda"] = torch.cuda.get_rng_state_all()
-        return cls(pipe, pipeline_class, arguments, [(g.device, g.get_state()) for g in generators], states)
+        states_of = [(g.device, g.get_state()) for g in generators]
+        return cls(pipe, pipeline_class, arguments, states_of, states, positional)
 
     def replayed_arguments(self) -> dict[str, Any]:
         """The arguments with fresh generators in the recorded states."""
@@ -88,6 +95,19 @@ class PipelineCall:
             if "cuda" in self.rng_states:
                 torch.cuda.set_rng_state_all(self.rng_states["cuda"])
             yield
+
+
+@contextmanager
+def keeping_attention_processors(pipe: Any) -> Iterator[None]:
+    """Puts back attention processors that a pipeline swaps for the length of its loop, also when the loop is left early."""
+    networks = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
+    held = [(part, part.processor) for m in networks for part in m.modules() if hasattr(part, "processor")]
+    try:
+        yield
+    finally:
+        for part, processor in held:
+            if part.processor is not processor:
+                part.set_processor(processor) if hasattr(part, "set_processor") else setattr(part, "processor", processor)
 
 
 class Drive:
@@ -131,8 +151,8 @@ class Drive:
         if torch.is_grad_enabled():
             run = inspect.unwrap(run)  # past diffusers' @torch.no_grad
         try:
-            with self.call.global_rng():
-                run(pipe, **self.call.replayed_arguments())
+            with self.call.global_rng(), keeping_attention_processors(pipe):
+                run(pipe, *self.call.positional, **self.call.replayed_arguments())
         except _AllPointsEvaluated:
             pass
         if len(received) != len(points) + 1:

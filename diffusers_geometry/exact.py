@@ -24,9 +24,18 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 
+DEBYE_ORDER = 200  # from which order of Bessel functions the uniform expansion is exact to rounding
 
-def _working(x: Tensor) -> Tensor:
-    return x if x.device.type == "mps" else x.double()
+
+def working(x: Tensor) -> Tensor:
+    """``x`` in float64 where its device has that."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
+def _finite_data(value: Tensor, name: str) -> Tensor:
+    if not torch.isfinite(value).all():
+        raise ValueError(f"{name} has {int((~torch.isfinite(value)).sum())} non-finite entries. Expected finite numbers.")
+    return value
 
 
 class ExactDenoiser(ABC):
@@ -42,7 +51,7 @@ class ExactDenoiser(ABC):
         """E[x_0 | x_t], (B, *dims) -> (B, *dims) in the dtype of ``x_t``; raises ValueError unless prod(dims) = d."""
         if x_t[0].numel() != self.dim:
             raise ValueError(f"x_t has {x_t[0].numel()} numbers per point. Expected {self.dim}, the dimension of the data.")
-        mean = self.posterior_mean(_working(x_t).flatten(1), alpha_t, sigma_t)
+        mean = self.posterior_mean(working(x_t).flatten(1), alpha_t, sigma_t)
         return mean.reshape(x_t.shape).to(x_t.dtype)
 
     def at(self, alpha_t: float, sigma_t: float) -> Denoiser:
@@ -85,15 +94,15 @@ class LinearManifoldDenoiser(GaussianDenoiser):
     def __init__(self, basis: Tensor, variances: Tensor | None = None) -> None:
         if basis.ndim != 2:
             raise ValueError(f"basis has shape {tuple(basis.shape)}. Expected (d, m).")
-        scaled = basis.double()
+        scaled = working(_finite_data(basis, "basis"))
         if variances is not None:
             if variances.shape != (basis.shape[1],) or not (variances > 0).all():
                 raise ValueError(f"variances={variances}. Expected {basis.shape[1]} positive numbers, one a column.")
-            scaled = scaled * variances.double().sqrt()
+            scaled = scaled * working(variances).sqrt()
         directions, scales, _ = torch.linalg.svd(scaled, full_matrices=False)
         self.dim = basis.shape[0]
         self.variances, self.directions = scales**2, directions
-        self.mean = torch.zeros(self.dim, dtype=torch.float64, device=basis.device)
+        self.mean = torch.zeros(self.dim, dtype=scaled.dtype, device=basis.device)
 
 
 class MixtureDenoiser(ExactDenoiser):
@@ -113,7 +122,7 @@ class MixtureDenoiser(ExactDenoiser):
         if weights.shape != (count,) or not (weights > 0).all():
             raise ValueError(f"weights={weights}. Expected {count} positive numbers, one a component.")
         self.components = [GaussianDenoiser(c, m) for c, m in zip(covariances, means, strict=True)]
-        self.log_weights = (weights.double() / weights.double().sum()).log()
+        self.log_weights = (working(weights) / working(weights).sum()).log()
 
     def posterior_mean(self, x_t: Tensor, alpha_t: float, sigma_t: float) -> Tensor:
         """Σ_k p(k | x_t) E[x_0 | x_t, k], the responsibilities taken in log space."""
@@ -161,14 +170,15 @@ class EmpiricalDenoiser(ExactDenoiser):
             raise ValueError(
                 f"data has shape {tuple(data.shape)}, chunk_size={chunk_size}. Expected (n, *dims) with n >= 1 and chunk_size >= 1."
             )
-        self.data, self.chunk_size = data.flatten(1), chunk_size
+        self.data, self.chunk_size = _finite_data(data.flatten(1), "data"), chunk_size
         self.dim = self.data.shape[1]
+        self._centre = working(self.data.mean(dim=0) if self.data.is_floating_point() else self.data.float().mean(dim=0))
 
     def posterior_mean(self, x_t: Tensor, alpha_t: float, sigma_t: float) -> Tensor:
         """Σ_i w_i x_i, w = softmax(-|x_t - alpha x_i|^2 / (2 sigma_t^2)), merged over chunks by their log weights."""
         means, log_masses = [], []
         for data in self.data.split(self.chunk_size):
-            data = _working(data).to(x_t)
+            data = working(data).to(x_t)
             logits = self._logits(x_t, data, alpha_t, sigma_t)
             means.append(logits.softmax(dim=1) @ data)
             log_masses.append(logits.logsumexp(dim=1))
@@ -177,13 +187,17 @@ class EmpiricalDenoiser(ExactDenoiser):
 
     def weights(self, x_t: Tensor, alpha_t: float, sigma_t: float) -> Tensor:
         """Posterior probability of every data point, (B, *dims) -> (B, n)."""
-        x_t = _working(x_t).flatten(1)
-        logits = [self._logits(x_t, _working(d).to(x_t), alpha_t, sigma_t) for d in self.data.split(self.chunk_size)]
+        x_t = working(x_t).flatten(1)
+        logits = [self._logits(x_t, working(d).to(x_t), alpha_t, sigma_t) for d in self.data.split(self.chunk_size)]
         return torch.cat(logits, dim=1).softmax(dim=1)
 
-    @staticmethod
-    def _logits(x_t: Tensor, data: Tensor, alpha_t: float, sigma_t: float) -> Tensor:
-        """-|x_t - alpha x_i|^2 / (2 sigma_t^2) without the term that all data points share, (B, n)."""
+    def _logits(self, x_t: Tensor, data: Tensor, alpha_t: float, sigma_t: float) -> Tensor:
+        """-|x_t - alpha x_i|^2 / (2 sigma_t^2) without the term that all data points share, (B, n).
+
+        Relative to the mean of the data, so that close points far from the origin keep their digits.
+        """
+        centre = self._centre.to(x_t)
+        data, x_t = data - centre, x_t - alpha_t * centre
         return (alpha_t * (x_t @ data.T) - 0.5 * alpha_t**2 * data.square().sum(dim=1)) / sigma_t**2
 
 
@@ -222,21 +236,50 @@ class _BesselRatio(torch.autograd.Function):
 
 
 def _bessel_ratio(kappa: np.ndarray, dim: int) -> np.ndarray:
-    """Scaled Bessel functions where they do not underflow, else Perron's continued fraction from below (kappa <= order)."""
+    """I_v(kappa) / I_(v-1)(kappa), v = d/2, to about 1e-12 for every kappa >= 0.
+
+    Perron's continued fraction for kappa <= v; beyond, scaled Bessel functions, or where these underflow Debye's uniform
+    expansion (large v) and Hankel's (large kappa).
+    """
     order = dim / 2
-    with np.errstate(invalid="ignore", divide="ignore"):
-        scaled = special.ive(order, kappa) / special.ive(order - 1, kappa)
     fraction = np.zeros_like(kappa)
     for k in range(int(2 * math.sqrt(order)) + 60, -1, -1):
         fraction = kappa / (2 * (order + k) + kappa * fraction)
-    return np.where(kappa <= order, fraction, scaled)
+    above = np.maximum(kappa, order)
+    if order >= DEBYE_ORDER:
+        beyond = _debye_ratio(above, order)
+    else:
+        near = np.minimum(above, 1e8)
+        hankel = 1 - (dim - 1) / (2 * above) + (dim - 1) * (dim - 3) / (8 * above**2)
+        beyond = np.where(above > 1e8, hankel, special.ive(order, near) / special.ive(order - 1, near))
+    return np.where(kappa <= order, fraction, beyond)
+
+
+def _debye_ratio(kappa: np.ndarray, order: float) -> np.ndarray:
+    """The ratio by Debye's expansion, DLMF 10.41.3; its exponents differ by the integral of asinh(v / kappa) over v."""
+    nodes, weights = np.polynomial.legendre.leggauss(8)
+    between = order - 0.5 + 0.5 * nodes
+    exponent = -0.5 * (weights * np.arcsinh(between / kappa[..., None])).sum(axis=-1)
+    root = -0.25 * np.log1p((2 * order - 1) / ((order - 1) ** 2 + kappa**2))
+    return np.exp(exponent + root) * _debye_sum(kappa, order) / _debye_sum(kappa, order - 1)
+
+
+def _debye_sum(kappa: np.ndarray, order: float) -> np.ndarray:
+    """1 + Σ_k U_k(p) / v^k to k = 4, p = (1 + (kappa/v)²)^(-1/2), DLMF 10.41.10."""
+    p = 1 / np.sqrt(1 + (kappa / order) ** 2)
+    p2 = p * p
+    u1 = p * (3 - 5 * p2) / 24
+    u2 = p2 * (81 - 462 * p2 + 385 * p2**2) / 1152
+    u3 = p * p2 * (30375 - 369603 * p2 + 765765 * p2**2 - 425425 * p2**3) / 414720
+    u4 = p2**2 * (4465125 - 94121676 * p2 + 349922430 * p2**2 - 446185740 * p2**3 + 185910725 * p2**4) / 39813120
+    return 1 + u1 / order + u2 / order**2 + u3 / order**3 + u4 / order**4
 
 
 def _eigenbasis(covariance: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (d,) descending and eigenvectors (d, d) of a covariance; refuses what is not one."""
     if covariance.ndim != 2 or covariance.shape[0] != covariance.shape[1]:
         raise ValueError(f"covariance has shape {tuple(covariance.shape)}. Expected (d, d).")
-    matrix = _working(covariance)
+    matrix = working(_finite_data(covariance, "covariance"))
     scale = matrix.abs().max().clamp_min(torch.finfo(matrix.dtype).tiny)
     if (matrix - matrix.T).abs().max() > 1e-5 * scale:
         raise ValueError("covariance is not symmetric. Expected a symmetric positive semi-definite matrix.")
@@ -248,7 +291,7 @@ def _eigenbasis(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 def _vector(value: Tensor | None, dim: int, name: str, like: Tensor) -> Tensor:
     if value is None:
-        return _working(torch.zeros(dim, device=like.device))
+        return working(torch.zeros(dim, device=like.device))
     if value.shape != (dim,):
         raise ValueError(f"{name} has shape {tuple(value.shape)}. Expected ({dim},).")
-    return _working(value)
+    return working(_finite_data(value, name))

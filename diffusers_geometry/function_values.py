@@ -11,6 +11,7 @@ fewer than n directions these are the values of J V, which interlace those of J 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from .estimate import Estimate
 from .spectrum import Spectrum, matrix_spectrum
 
 JACKKNIFE_GROUPS = 10
+RELATIVE_TOLERANCE = 2e-3  # of the largest value, within which central differences count as converged
 
 
 def perturbation_columns(
@@ -96,7 +98,11 @@ def central_difference_spectrum(columns: Tensor, directions: Tensor, *, step: fl
     bound = error * math.sqrt(count)
     if count == size:
         matrix = torch.linalg.solve(directions, columns).T
-        return matrix_spectrum(matrix, method="central_difference", products=count, bound=bound, step=step)
+        found = matrix_spectrum(matrix, method="central_difference", products=count, bound=bound, step=step)
+        accurate = (
+            found.singular_values >= 0 if bound <= RELATIVE_TOLERANCE * found.singular_values[0] else found.singular_values < 0
+        )
+        return replace(found, converged=accurate)
     values, shape = torch.linalg.svdvals(columns), (columns.shape[1], size)
     bounds = torch.full_like(values, bound)
     return Spectrum(values, shape, "central_difference", count, complete=False, restricted=True, bounds=bounds, step=step)

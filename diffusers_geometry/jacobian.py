@@ -175,7 +175,8 @@ class Jacobian:
         while start < len(stack):
             chunk = stack[start : start + self.chunk_size]
             try:
-                results.append(product(chunk))
+                with torch.autocast(self.x.device.type, enabled=False):
+                    results.append(product(chunk))
             except RuntimeError as error:
                 self._shrink(error, len(chunk))
                 continue
@@ -197,7 +198,7 @@ class Jacobian:
         value = None
         if self.derivative == "autograd":
             try:
-                with torch.enable_grad():
+                with torch.enable_grad(), torch.autocast(self.x.device.type, enabled=False):
                     value, self._pullback = torch.func.vjp(self.fn, self.x)
             except RuntimeError as error:
                 self._fall_back(error)

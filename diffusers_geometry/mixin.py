@@ -35,6 +35,18 @@ class GeometryMixin:
         document = json.loads(super().to_json_string()) | {"_class_name": plain_class(type(self)).__name__}
         return json.dumps(document, indent=2, sort_keys=True) + "\n"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickles what :func:`with_geometry` made, whose class has no importable name, by way of the plain class."""
+        if type(self).__dict__.get("_made_by_with_geometry"):
+            return _restore, (plain_class(type(self)), self.__dict__)
+        return super().__reduce_ex__(protocol)
+
+
+def _restore(pipeline_class: type, attributes: dict[str, Any]) -> Any:
+    pipe = object.__new__(_subclass(pipeline_class))
+    pipe.__dict__.update(attributes)
+    return pipe
+
 
 def plain_class(pipeline_class: type) -> type:
     """The first class of the MRO that has no geometry in it."""
@@ -54,9 +66,9 @@ def with_geometry(pipe: Any) -> Any:
     """
     if not isinstance(pipe, diffusers.DiffusionPipeline):
         raise TypeError(f"pipe is a {type(pipe).__name__}. Expected a diffusers.DiffusionPipeline.")
-    geometry = object.__new__(_subclass(type(pipe)))
-    geometry.__dict__.update(pipe.__dict__)
-    return geometry
+    if getattr(type(pipe), "_is_recorded", False):
+        raise TypeError("pipe is being recorded. Expected with_geometry(pipe) outside the `with record(pipe)` block.")
+    return _restore(type(pipe), pipe.__dict__)
 
 
 @functools.cache
@@ -64,7 +76,7 @@ def _subclass(pipeline_class: type) -> type:
     """The geometry subclass of a pipeline class, under the same name; itself if it has geometry already."""
     if issubclass(pipeline_class, GeometryMixin):
         return pipeline_class
-    members = {"__module__": pipeline_class.__module__, "__doc__": pipeline_class.__doc__}
+    members = {"__module__": pipeline_class.__module__, "__doc__": pipeline_class.__doc__, "_made_by_with_geometry": True}
     return type(pipeline_class.__name__, (GeometryMixin, pipeline_class), members)
 
 

@@ -21,7 +21,7 @@ from .difference import require_finite
 from .drive import Drive
 from .jacobian import Derivative, Jacobian
 from .precision import HALF, ProbeWeights, to_float32
-from .replay import NetworkCall, Replay, ReplayRefused, is_single_output
+from .replay import NetworkCall, Replay, ReplayRefused, input_scales, is_single_output
 from .schedule import NoiseLevel
 
 Engine = Literal["auto", "replay", "drive"]
@@ -58,6 +58,7 @@ class RecordedStep:
         self.index, self.level, self.sample, self.model_output = index, level, sample, model_output
         self.timestep, self.alpha_t, self.sigma_t, self.sigma = level.timestep, level.alpha_t, level.sigma_t, level.sigma
         self.drive, self._requested, self._calls, self._derivative = drive, engine, calls, derivative
+        self._autocast = torch.is_autocast_enabled(sample.device.type)  # while the pipeline ran
         self._weights = ProbeWeights({id(c.module): c.module for c in calls}.values())
         self._replay: Replay | None = None
         self._certificate: tuple[str, float] | None = None
@@ -145,18 +146,21 @@ class RecordedStep:
         with self._weights.scope(), torch.no_grad():
             driven = [require_finite(o, f"the network's output at step {self.index}") for o in self.drive.verified(points)]
         on_point = _relative(driven[0], self.model_output)
-        if on_point > (HALF_TOLERANCE if half else CERTIFICATE_TOLERANCE):
+        tolerance = HALF_TOLERANCE if half or self._autocast else CERTIFICATE_TOLERANCE
+        if on_point > tolerance:
             raise RuntimeError(
                 f"step {self.index} (timestep {self.timestep:g}) cannot be evaluated again: the pipeline's own loop gives a model "
                 f"output that differs by {on_point:.1e} from the recorded one. Expected a step that depends on the sample and "
                 "the call's arguments only; a callback, a cache or a loop counter that changes the network's input breaks this."
             )
+        self._check_input_scale(HALF_TOLERANCE if half or self._autocast else 1e-4)
         if self._derivative == "difference":
             return self._certify_black_box(points, driven, on_point)
         difference = (driven[1] - driven[2]) / 2
         direction = difference / difference.norm() if difference.any() else torch.ones_like(difference)
         pulled = self._pull(lambda x: self.drive([x])[0], direction)
-        self._check_derivative((pulled * shift).sum().item(), difference.norm().item())
+        rounding = 10 * torch.finfo(x.dtype).eps * driven[0].norm().item()
+        self._check_derivative((pulled * shift).sum().item(), difference.norm().item(), rounding)
         if self._requested == "drive":
             return "drive", on_point
         try:
@@ -166,7 +170,6 @@ class RecordedStep:
                 raise
             self._replay, self.refusal = None, str(refused)
             return "drive", on_point
-        self._check_input_scale(HALF_TOLERANCE if half else 1e-4)
         return "replay", error
 
     def _certify_black_box(self, points: list[Tensor], driven: list[Tensor], on_point: float) -> tuple[str, float]:
@@ -174,16 +177,16 @@ class RecordedStep:
         if self._requested != "replay":
             self.refusal = "a black box has no derivative that could certify a replay" if self._requested == "auto" else None
             return "drive", on_point
-        error = self._compare_replay(points, driven)
-        self._check_input_scale(1e-4)
-        return "replay", error
+        return "replay", self._compare_replay(points, driven)
 
     def _check_input_scale(self, tolerance: float) -> None:
-        if abs(self._replay.c_in / self.level.c_in - 1) > tolerance:
-            raise RuntimeError(
-                f"the network saw {self._replay.c_in:.6g} x at step {self.index}. Expected {self.level.c_in:.6g} x, the input "
-                "scale of this scheduler: the pipeline and the scheduler do not fit together."
-            )
+        """Refuses a pipeline that shows its network another multiple of the sample than the scheduler's noise level says."""
+        for c_in in input_scales(self._calls, self.sample):
+            if abs(c_in / self.level.c_in - 1) > tolerance:
+                raise RuntimeError(
+                    f"the network saw {c_in:.6g} x at step {self.index}. Expected {self.level.c_in:.6g} x, the input scale of "
+                    "this scheduler: the pipeline and the scheduler do not fit together."
+                )
 
     def _try_replay(self, points: list[Tensor], driven: list[Tensor], direction: Tensor, pulled: Tensor) -> float:
         """Builds the replay and returns its largest disagreement with the driven loop; ReplayRefused beyond tolerance."""
@@ -212,16 +215,16 @@ class RecordedStep:
 
         return Jacobian(probed, to_float32(self.sample)).vjp(direction)
 
-    def _check_derivative(self, slope: float, size: float) -> None:
+    def _check_derivative(self, slope: float, size: float, rounding: float) -> None:
         """Compares the driven loop's derivative with its difference; RuntimeError when something cuts the gradient."""
-        if size > 0 and abs(slope / size - 1) > DIFFERENCE_TOLERANCE:
+        if abs(slope - size) > DIFFERENCE_TOLERANCE * size + rounding:
             raise RuntimeError(
                 f"the derivative of the model output at step {self.index} differs by {abs(slope / size - 1):.1e} from its finite "
-                "difference. Expected a network that can be differentiated: detach, no_grad or rounding inside it hides its "
-                "Jacobian."
+                "difference. Expected a network that can be differentiated: detach, no_grad or rounding inside it, or a __call__ "
+                "that calls another under no_grad, hides its Jacobian. For a black box pass derivative='difference'."
             )
 
 
 def _relative(value: Tensor, reference: Tensor) -> float:
-    value, reference = value.double(), reference.double()
+    value, reference = value.cpu().double(), reference.cpu().double()
     return ((value - reference).norm() / reference.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()

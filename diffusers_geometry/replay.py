@@ -163,8 +163,8 @@ def _find_slot(call: NetworkCall, sample: Tensor) -> _Slot | None:
         repeats = tensor.numel() // sample.numel()
         if repeats == 0 or tensor.ndim == 0 or tensor.shape[0] != repeats * len(sample):
             continue
-        copies = tensor.detach().double().cpu().reshape(repeats, -1)
-        flat = sample.detach().double().cpu().flatten()
+        copies = tensor.detach().cpu().double().reshape(repeats, -1)
+        flat = sample.detach().cpu().double().flatten()
         c_in = ((copies @ flat).sum() / (repeats * flat.square().sum())).item()
         tolerance = 1e-2 if tensor.dtype in HALF else 1e-5
         if c_in != 0 and (copies - c_in * flat).norm() <= tolerance * copies.norm():
@@ -174,7 +174,7 @@ def _find_slot(call: NetworkCall, sample: Tensor) -> _Slot | None:
 
 def _combination(outputs: Tensor, model_output: Tensor) -> Tensor:
     """Least-squares weights w with Σ w_i outputs_i = model_output, shape (number of outputs,), float64."""
-    columns, target = outputs.detach().double().cpu().flatten(1).T, model_output.detach().double().cpu().flatten()
+    columns, target = outputs.detach().cpu().double().flatten(1).T, model_output.detach().cpu().double().flatten()
     # The cut-off leaves branches that agree to rounding one shared weight instead of a fit to the rounding.
     weights = torch.linalg.lstsq(columns, target[:, None], rcond=1e-6, driver="gelsd").solution.flatten()
     residual = ((columns @ weights - target).norm() / target.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
@@ -182,6 +182,11 @@ def _combination(outputs: Tensor, model_output: Tensor) -> Tensor:
     if not residual <= tolerance:
         raise ReplayRefused(f"the network outputs do not combine linearly to the model output (residual {residual:.1e})")
     return weights
+
+
+def input_scales(calls: list[NetworkCall], sample: Tensor) -> list[float]:
+    """The multiples c_in of the sample that networks were called with."""
+    return [slot.c_in for call in calls if (slot := _find_slot(call, sample)) is not None]
 
 
 def is_single_output(calls: list[NetworkCall], sample: Tensor) -> bool:

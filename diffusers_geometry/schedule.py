@@ -89,23 +89,31 @@ def scheduler_family(scheduler: Any) -> str:
     return family
 
 
-def loop_position(scheduler: Any, timestep: Any, count: int) -> int:
-    """Position in ``scheduler.timesteps`` of the ``count``-th step of a loop that may have started late (image to image).
+def loop_position(scheduler: Any, timestep: Any, expected: int | None) -> int:
+    """Position in ``scheduler.timesteps`` of a loop's step.
+
+    Args:
+        scheduler: After ``set_timesteps``.
+        timestep: The step's.
+        expected: The position after the previous step; None at the first, which may be late (image to image): the scheduler's
+            ``begin_index`` tells where, or the timestep does. Of a timestep that comes twice in a row (Heun, PNDM) the first is it.
 
     Raises:
-        RuntimeError: the timestep is not in the schedule, or is in it twice and neither is at ``count``.
+        RuntimeError: the timestep is not in the schedule, or a later step is elsewhere and ambiguous.
     """
-    timesteps = torch.as_tensor(scheduler.timesteps).double().cpu()
+    timesteps = torch.as_tensor(scheduler.timesteps).cpu().double()
     wanted = float(timestep)
-    if count < len(timesteps) and timesteps[count].item() == wanted:
-        return count
     matches = (timesteps == wanted).nonzero().flatten().tolist()
-    if len(matches) != 1:
-        raise RuntimeError(
-            f"step {count} uses timestep {wanted}, found {len(matches)} times in the schedule of {type(scheduler).__name__}. "
-            "Expected a loop over scheduler.timesteps."
-        )
-    return matches[0]
+    likely = expected if expected is not None else getattr(scheduler, "begin_index", None) or 0
+    if likely in matches:
+        return likely
+    adjacent = bool(matches) and matches[-1] - matches[0] == len(matches) - 1
+    if len(matches) == 1 or (expected is None and adjacent):
+        return matches[0]
+    raise RuntimeError(
+        f"step {expected or 0} uses timestep {wanted}, found {len(matches)} times in the schedule of {type(scheduler).__name__}. "
+        "Expected a loop over scheduler.timesteps."
+    )
 
 
 def noise_level(scheduler: Any, i: int) -> NoiseLevel:
@@ -120,17 +128,17 @@ def noise_level(scheduler: Any, i: int) -> NoiseLevel:
     timestep = float(scheduler.timesteps[i])
     prediction = getattr(config, "prediction_type", None) or "epsilon"
     if family == "alphas_cumprod":
-        alpha_cumprod = float(scheduler.alphas_cumprod[int(timestep)].double())
+        alpha_cumprod = float(scheduler.alphas_cumprod[int(timestep)].cpu().double())
         return _level(prediction, math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod), 1.0, timestep)
-    sigma = float(scheduler.sigmas[i].double())
+    sigma = float(scheduler.sigmas[i].cpu().double())
     if family == "variance_preserving":
-        alpha_t, sigma_t = (float(v) for v in scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[i].double()))
+        alpha_t, sigma_t = (float(v) for v in scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[i].cpu().double()))
         return _level(prediction, alpha_t, sigma_t, 1.0, timestep)
     if family == "flow":
         return _level("flow_prediction", 1 - sigma, sigma, 1.0, timestep)
     if family == "variance_exploding":
         if hasattr(scheduler, "sigmas_interpol") and i % 2 == 1:
-            sigma = float(scheduler.sigmas_interpol[i].double())
+            sigma = float(scheduler.sigmas_interpol[i].cpu().double())
         return _level(prediction, 1.0, sigma, 1 / math.sqrt(1 + sigma**2), timestep)
     data = float(config.sigma_data)
     power = sigma**2 + data**2

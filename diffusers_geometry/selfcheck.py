@@ -12,7 +12,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from .exact import ExactDenoiser
+from .exact import ExactDenoiser, working
 from .schedule import NoiseLevel, noise_level
 
 
@@ -33,9 +33,10 @@ class ExactNetwork(nn.Module):
     def forward(self, sample: Tensor, timestep: Any, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """The prediction for ``sample`` (B, *dims), with an empty learned variance where the imitated network has one."""
         level = self._level(torch.as_tensor(timestep).flatten())
-        x_t = sample / level.c_in
+        # In float64 to the end: where b is large, rounding x_0 first would leave little of the prediction.
+        x_t = working(sample) / level.c_in
         x_0 = self.exact.denoised(x_t, level.alpha_t, level.sigma_t)
-        prediction = (x_0 - level.a * x_t) / level.b
+        prediction = ((x_0 - level.a * x_t) / level.b).to(sample.dtype)
         if getattr(self.config, "out_channels", None) == 2 * sample.shape[1]:
             prediction = torch.cat([prediction, torch.zeros_like(prediction)], dim=1)
         return Transformer2DModelOutput(sample=prediction) if return_dict else (prediction,)

@@ -68,7 +68,7 @@ def estimate_trace(
     generator = generator or torch.Generator().manual_seed(0)
     if num_products >= rows:
         matrix = jacobian.dense()
-        return Estimate(matrix.diagonal().double().sum().item(), bias=rows * jacobian.step_error, products=rows)
+        return Estimate(matrix.diagonal().cpu().double().sum().item(), bias=rows * jacobian.step_error, products=rows)
     pilot = num_products if method == "rademacher" else min(PILOT_PROBES, num_products // 2)
     probes = rademacher(pilot, jacobian.x.shape, jacobian.x, generator)
     images = _apply(jacobian, probes)
@@ -136,11 +136,11 @@ def estimate_frobenius_norm(jacobian: Jacobian, *, num_products: int, generator:
     if num_products < 2:
         raise ValueError(f"num_products={num_products}. Expected at least 2.")
     if num_products >= min(jacobian.shape):
-        matrix = jacobian.dense().double()
+        matrix = jacobian.dense().cpu().double()
         return Estimate(matrix.norm().item(), bias=jacobian.step_error * math.sqrt(matrix.shape[1]), products=min(jacobian.shape))
     generator = generator or torch.Generator().manual_seed(0)
     product, shape = (jacobian.vjp, jacobian.value.shape) if jacobian.has_reverse else (jacobian.jvp, jacobian.x.shape)
-    samples = product(rademacher(num_products, shape, jacobian.x, generator)).flatten(1).double().square().sum(dim=1).cpu()
+    samples = product(rademacher(num_products, shape, jacobian.x, generator)).flatten(1).cpu().double().square().sum(dim=1)
     squared = _mean(samples, num_products)
     value = math.sqrt(squared.value)
     sem = squared.sem / (2 * value) if value else 0.0

@@ -90,16 +90,28 @@ def _draw_descriptors(axes: Axes, trace: GeometryTrace, sample: int) -> None:
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     axes.tick_params(labelbottom=False)
     right = axes.twinx()
-    handles.append(_errorbar(right, position, [s.local_scaling for s in trace.steps], sample, "#6a3d9a", "o", f"ψ of {name}"))
+    scaling = [s.local_scaling for s in trace.steps]
+    counted = np.array([s.local_scaling_rank[sample] > 0 for s in trace.steps])  # psi of no directions is a sum of nothing
+    handles.append(_errorbar(right, position, scaling, sample, "#6a3d9a", "o", f"ψ of {name}", counted))
     right.set_ylabel("ψ (nats)", color="#6a3d9a")
     right.tick_params(axis="y", colors="#6a3d9a")
     axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=9, frameon=False)
     axes.grid(alpha=0.3)
 
 
-def _errorbar(axes: Axes, position: np.ndarray, estimates: list, sample: int, colour: str, marker: str, label: str) -> Any:
+def _errorbar(
+    axes: Axes,
+    position: np.ndarray,
+    estimates: list,
+    sample: int,
+    colour: str,
+    marker: str,
+    label: str,
+    shown: np.ndarray | None = None,
+) -> Any:
     """Values with their standard errors; hollow markers where the error is not known."""
     value = np.array([e.value[sample] for e in estimates])
+    value = np.where(np.isfinite(value) & (True if shown is None else shown), value, np.nan)
     sem = np.array([e.sem[sample] for e in estimates])
     unknown = np.isnan(sem)
     bar = axes.errorbar(
