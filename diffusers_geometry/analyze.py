@@ -77,7 +77,7 @@ def analyze_geometry(
         log_volume_probes: Its random probes.
         log_volume_steps: Its Lanczos steps.
         max_products: Budget per recorded step and sample. Dense needs the dimension d; Algorithm 1 takes this many samples
-            (default 4 d), Algorithm 2 this many directions (default d, and up to 40 more to choose its step).
+            (default 4 d), Algorithm 2 this many directions (default d, and up to 90 more to choose its step).
         max_probe_seconds: Limit for all probing; products are then timed, and the method or Golub-Kahan's budget follows.
         max_probe_memory: Limit in bytes for matrices, bases and products in flight; sets method and chunk size.
         relative_threshold: psi counts singular values above this share of the largest.

@@ -73,47 +73,61 @@ def central_difference_columns(
     return (values[0::2] - values[1::2]) / (2 * step), realised
 
 
-def choose_step(
-    fn: BatchedMap, x: Tensor, *, scale: float, generator: torch.Generator, num_directions: int = 2
-) -> tuple[float, float]:
-    """The difference step h and the estimated error |column - J v| it leaves.
+def choose_step(fn: BatchedMap, x: Tensor, *, scale: float, generator: torch.Generator) -> tuple[float, float]:
+    """The difference step h and an estimate of the largest error |column - J v| that it leaves for a unit v.
 
     A ladder of steps, from the formula (3u)^(1/3) ``scale`` of the dtype's rounding unit u to 0.1 max(1, ``scale``), is
-    tried along random directions; every rung's error is its rounding error plus what halving the step changes beyond it.
+    tried along a few directions: random ones and, for a map of a space to itself, where J takes them, since the map is most curved
+    along directions that it moves. Every rung's error is its rounding error plus what halving the step changes beyond it; the
+    worst direction counts. Of the rungs with an error near the least, or below the square root of the rounding unit, the shortest
+    is taken: directions that were not tried may bend sooner.
 
     Args:
         fn: The map on a stack, (K, *dims) -> (K, *out).
         x: The point, shape (*dims).
         scale: Length in x on which J changes; the noise sigma_t for a denoiser.
         generator: Random directions.
-        num_directions: Random directions tried.
     """
     low, high = (3 * torch.finfo(x.dtype).eps / 2) ** (1 / 3) * scale, 0.1 * max(1.0, scale)
     ladder = torch.logspace(math.log2(low / 2), math.log2(high), max(3, math.ceil(math.log2(high / low)) + 2), base=2.0)
     ladder = ladder.tolist()
-    errors = torch.zeros(len(ladder) - 1, dtype=torch.float64)
-    for _ in range(num_directions):  # the worst direction counts
-        direction = orthonormal_directions(x.shape, 1, x, generator)
+    errors, size = torch.zeros(len(ladder) - 1, dtype=torch.float64), 0.0
+    for direction in _telling_directions(fn, x, low, generator):
         noise = _rounding_noise(fn, x, direction, spacing=low / 4)
         columns = [central_difference_columns(fn, x, direction, h)[0].cpu().double() for h in ladder]
+        size = max(size, columns[0].norm().item())
         rounding = [noise / (math.sqrt(2) * h) for h in ladder]
         for i in range(1, len(ladder)):
             change = (columns[i] - columns[i - 1]).norm().item()
             halving = (ladder[i] / ladder[i - 1]) ** 2
             curvature = max(0.0, change - rounding[i] - rounding[i - 1]) * halving / (halving - 1)
             errors[i - 1] = max(errors[i - 1].item(), rounding[i] + curvature)
-    best = int(errors.argmin())
+    enough = max(2 * errors.min().item(), math.sqrt(torch.finfo(x.dtype).eps) * size)
+    best = int((errors <= enough).nonzero()[0])
     return ladder[best + 1], errors[best].item()
+
+
+def _telling_directions(fn: BatchedMap, x: Tensor, step: float, generator: torch.Generator) -> list[Tensor]:
+    """Unit directions (1, *dims): two random ones, and for a square map twice the image of the first under J."""
+    directions = [orthonormal_directions(x.shape, 1, x, generator) for _ in range(2)]
+    for _ in range(2):
+        image = central_difference_columns(fn, x, directions[-1], step)[0]
+        if image.numel() != x.numel() or not image.any():
+            break
+        directions.append((image / image.norm()).reshape(1, *x.shape))
+    return directions
 
 
 def _rounding_noise(fn: BatchedMap, x: Tensor, direction: Tensor, *, spacing: float, points: int = 8) -> float:
     """Norm of the rounding noise in f, from the higher differences of f on a short line (Moré and Wild, 2011, eq. 2.3)."""
     offsets = torch.arange(points, dtype=x.dtype, device=x.device).reshape(-1, *[1] * x.ndim)
     differences = evaluate(fn, x + spacing * offsets * direction, points).cpu().double()
+    # Where f is flat its values round alike and differ by nothing; they are rounded all the same.
+    rounded = torch.finfo(x.dtype).eps / math.sqrt(12) * differences[0].norm().item()
     levels = []
     for order in range(1, points - 1):
         differences = differences[1:] - differences[:-1]
         variance = differences.square().sum(dim=1).mean().item() / math.comb(2 * order, order)
         if order >= 3:
             levels.append(math.sqrt(variance))
-    return min(levels)
+    return max(min(levels), rounded)

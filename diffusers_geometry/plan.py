@@ -26,7 +26,7 @@ PRODUCTS_PER_VALUE = 32  # Golub-Kahan's budget; benchmarks/top_values.py and th
 TRACE_PRODUCTS = 60
 FLIPD_EXACT = 1024  # inputs up to which FLIPD's trace is exact by default
 RANDOMIZED_EXTRA = 2 * 8 + 5  # oversampling and certificate
-STEP_PRODUCTS = 40  # central differences along which the step is chosen, at most
+STEP_PRODUCTS = 90  # central differences along which the step is chosen, at most
 
 
 @dataclass(frozen=True)

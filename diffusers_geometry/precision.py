@@ -73,7 +73,7 @@ class ProbeWeights:
             restore.callback(self._leave)
             if any(_is_compiled(part) for m in self.modules for part in m.modules()):
                 restore.enter_context(torch.compiler.set_stance("force_eager"))
-            for kind in {p.device.type for m in self.modules for p in m.parameters()}:
+            for kind in {p.device.type for m in self.modules for p in m.parameters()} - {"meta"} | _accelerator():
                 restore.enter_context(torch.autocast(kind, enabled=False))
             for module in self.modules:
                 self._enter(module, restore)
@@ -113,6 +113,11 @@ class ProbeWeights:
     @staticmethod
     def _raise_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return map_tensors(args, to_float32), map_tensors(kwargs, to_float32)
+
+
+def _accelerator() -> set[str]:
+    """The type of the accelerator in use, where offloaded weights go."""
+    return {torch.accelerator.current_accelerator().type} if torch.accelerator.is_available() else set()
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -1,5 +1,7 @@
 """The oracles against closed forms and brute force."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from diffusers_geometry.exact import (
     LinearManifoldDenoiser,
     MixtureDenoiser,
     SphereDenoiser,
+    _bessel_ratio,
 )
 
 
@@ -175,3 +178,48 @@ def test_area_law_of_the_empirical_denoiser():
         traces.append(((weights @ data.square().sum(dim=1)) - mean.square().sum(dim=1)).mean().item() / s**2)
     tail = 0.5 * torch.linalg.eigvalsh(torch.cov(data.T, correction=0) / 60**2).log1p().sum().item()
     assert np.trapezoid(traces, log_sigma) + tail == pytest.approx(np.log(40), abs=0.1)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 10, 64, 399, 400, 1024, 3072, 12288])
+def test_bessel_ratio_at_every_size(dim):
+    """Against Perron's continued fraction, long enough for every kappa, and beyond that Hankel's series."""
+    for factor in (1e-3, 0.5, 1.0, 1.0001, 1.01, 1.2, 2, 4, 20, 1e8, 1e12):
+        kappa = factor * dim / 2
+        expected = 0.0
+        if kappa < 3e5:
+            for k in range(int(6 * kappa) + 500, -1, -1):
+                expected = kappa / (dim + 2 * k + kappa * expected)
+        else:
+            expected = 1 - (dim - 1) / (2 * kappa) + (dim - 1) * (dim - 3) / (8 * kappa**2)
+        assert _bessel_ratio(np.array([kappa]), dim)[0] == pytest.approx(expected, rel=1e-11)
+
+
+def test_sphere_where_bessel_functions_underflow():
+    """For large d the ratio is (sqrt(1 + z^2) - 1) / z, z = 2 kappa / d; for large kappa it is 1."""
+    for dim, radius, sigma in ((4096, 64.0, 1.4), (12288, 110.0, 1.0), (3, 1.0, 1e-5)):
+        point = torch.zeros(1, dim)
+        point[0, 0] = radius
+        z = 2 * radius**2 / sigma**2 / dim
+        ratio = (math.sqrt(1 + z**2) - 1) / z if dim > 3 else 1.0
+        found = SphereDenoiser(dim, radius).at(1.0, sigma).denoised(point)[0, 0].item()
+        assert found == pytest.approx(radius * ratio, rel=2e-3)
+
+
+def test_close_points_far_from_the_origin_keep_their_digits():
+    first = randn(3072).double() * 10
+    second = first.clone()
+    second[0] += 1e-6
+    exact = EmpiricalDenoiser(torch.stack([first, second]))
+    weight = exact.weights(first[None] - torch.eye(3072).double()[:1] * 3e-5, 1.0, 1e-5)[0]
+    assert (weight[1] / weight[0]).log().item() == pytest.approx((3e-5**2 - 3.1e-5**2) / 2e-10, rel=1e-6)
+
+
+@pytest.mark.parametrize("make", [
+    lambda bad: EmpiricalDenoiser(bad), lambda bad: LinearManifoldDenoiser(bad), lambda bad: GaussianDenoiser(bad),
+    lambda bad: GaussianDenoiser(torch.eye(3), bad[0]),
+])  # fmt: skip
+def test_what_is_not_finite_is_no_data(make):
+    bad = torch.eye(3)
+    bad[0, 1] = math.nan
+    with pytest.raises(ValueError, match="has 1 non-finite entries. Expected finite numbers"):
+        make(bad)

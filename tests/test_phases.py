@@ -95,3 +95,30 @@ def test_senseless_resolution_is_refused(resolution):
 def test_mismatched_runs_are_refused():
     with pytest.raises(ValueError, match="2 sigmas and 1 spectra"):
         phases_by_eigenvalues(np.array([1.0, 2.0]), run([1.0]))
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "kind"),
+    [
+        ([0.99, 0.98], {"unseen": 0.98}, "unresolved"),
+        ([0.99, 0.98, 0.02], {"unseen": 0.02}, "binary"),
+        ([0.99, 0.5], {"unseen": 0.5}, "graded"),
+        ([0.05, 0.01], {"unseen": 0.01}, "flat"),
+        ([0.99, 0.01], {"unseen": np.inf}, "unresolved"),
+        ([1.1, 0.8, 0.01], {}, "graded"),
+        ([1.1, 0.8, 0.01], {"spread": 0.2}, "binary"),
+    ],
+)
+def test_kinds_of_incomplete_and_sampled_snapshots(values, options, kind):
+    assert snapshot_kind(np.array(values), **options) == kind
+
+
+def test_unresolved_steps_bound_nothing():
+    sigmas = np.array([10.0, 1.0, 0.1])
+    values = [np.array([[0.05, 0.01]]), np.array([[0.99, 0.97]]), np.array([[0.99, 0.01]])]
+    found = phases_by_eigenvalues(sigmas, values, unseen=[None, np.array([0.97]), None])
+    assert found.labels[:, 0].tolist() == ["trivial", "unresolved", "consolidation"]
+    assert found.trivial_boundary == (None,)
+    assert found.consolidation_boundary == (None,)
+    gaps = [np.array([[0.04, 0.01]]), np.array([[0.02, 0.0]]), np.array([[0.98, 0.01]])]
+    assert phases_by_gaps(sigmas, gaps, unseen=[None, np.array([0.97]), None]).labels[1, 0] == "unresolved"

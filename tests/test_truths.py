@@ -62,6 +62,66 @@ def kept(sigma):
     return np.concatenate([values.numpy(), np.zeros(56)])
 
 
+def check_descriptors(step):
+    """psi, its rank and nu are those of the values that float32 can tell from zero, and say how far off they may be."""
+    truth = kept(step.sigma)
+    rank = step.local_scaling_rank[0]
+    assert rank <= 8
+    if truth[0] == 0:
+        assert (rank, step.local_rank.value[0]) == (0, 0)
+        return
+    if truth[7] > 1e-3:
+        assert rank == 8
+    tolerance = {name: 2 * getattr(step, name).bias[0] + 1e-4 for name in ("local_scaling", "local_rank")}
+    assert abs(step.local_scaling.value[0] - np.log(truth[:rank]).sum()) < tolerance["local_scaling"]
+    shares = truth[truth > 0] / truth.sum()
+    if rank == 8:
+        assert abs(step.local_rank.value[0] - np.exp(-(shares * np.log(shares)).sum())) < tolerance["local_rank"]
+        assert tolerance["local_rank"] < 0.5
+
+
+@pytest.mark.parametrize("psi_rank", [3, 8])
+def test_a_fixed_rank_survives_pure_noise(psi_rank):
+    """At alpha_t = 0 D' = 0: no direction can be counted, and the run goes on."""
+    trace = analysed(RUNS["FlowMatchEuler-flow"], MANIFOLD, record_steps=[0, 49], psi_rank=psi_rank)
+    assert trace.steps[0].local_scaling.value[0] == -np.inf
+    assert trace.steps[1].local_scaling_rank[0] == psi_rank
+    expected = np.log(kept(trace.steps[1].sigma)[:psi_rank]).sum()
+    assert trace.steps[1].local_scaling.value[0] == pytest.approx(expected, abs=1e-4)
+    assert trace.rows()[0]["psi"] is None
+
+
+def test_a_nearly_flat_network_is_not_taken_for_one_without_gradient():
+    """x_0 = 4 x: the predicted noise hardly moves with x, and its difference is rounding."""
+    wide = LinearManifoldDenoiser(torch.eye(64), torch.full((64,), 4.0))
+    trace = analysed(RUNS["DDIM-epsilon"], wide, record_steps=[-1])
+    assert trace.steps[0].singular_values[0] == pytest.approx(np.full(64, 4 / (4 + trace.steps[0].sigma ** 2)), abs=1e-4)
+
+
+def test_what_only_directions_know_is_not_read_as_a_phase():
+    """Values of D' along random directions are cosines: no phases and no dimension follow, except from all directions."""
+    found = analysed(RUNS["DDIM-epsilon"], MANIFOLD, record_steps=[20, 49], spectrum="central_difference", max_products=24)
+    assert found.manifold_dim is None
+    assert {str(p) for step in found.steps for p in step.phase} == {"unresolved"}
+    assert (found.phases_by_gap.labels == "unresolved").all()
+    full = analysed(RUNS["DDIM-epsilon"], MANIFOLD, record_steps=[20, 49], spectrum="central_difference")
+    assert full.manifold_dim == 8
+
+
+@pytest.mark.parametrize("dim", [8, 16, 32])
+def test_algorithm_1_sees_the_phase_through_its_sampling_spread(dim):
+    """Marchenko-Pastur spreads the kept values by sqrt(m / N) below 1 - Delta; the rule knows."""
+    basis = torch.linalg.qr(randn(64, dim, seed=2).double())[0]
+    exact = LinearManifoldDenoiser(basis, torch.full((dim,), 4.0))
+    for probe_seed in range(3):
+        options = {"record_steps": [0, 49], "spectrum": "perturbation", "probe_seed": probe_seed}
+        trace = analysed(RUNS["DDIM-epsilon"], exact, **options)
+        assert trace.manifold_dim == dim
+        assert trace.steps[-1].phase[0] == "consolidation"
+    uncentred = analysed(RUNS["DDIM-epsilon"], exact, centred=False, **options)
+    assert uncentred.manifold_dim == dim
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_linear_manifold_through_real_schedulers(run):
     trace = analysed(RUNS[run], MANIFOLD, record_steps=25)
@@ -71,6 +131,7 @@ def test_linear_manifold_through_real_schedulers(run):
         assert np.abs(step.singular_values[0] - kept(step.sigma)).max() < 1e-4
         assert step.effective_dimension.value[0] == pytest.approx(kept(step.sigma).sum(), abs=1e-3)
         assert step.asymmetry[0] < 1e-4
+        check_descriptors(step)
     assert trace.manifold_dim == 8
     above, below = trace.phases.trivial_boundary[0]
     assert below**2 <= 4.0 * 0.9 / 0.1 <= above**2
@@ -98,7 +159,7 @@ def test_every_method_of_every_map(of, method):
         assert step.products == (256 if method == "perturbation" else 64) + step.details.get("step_products", 0)
         assert ("step_products" in step.details) == (method == "central_difference")
         if method != "perturbation":
-            assert np.abs(step.denoised_singular_values[0] - denoised).max() < 1e-4
+            assert np.abs(step.denoised_singular_values[0] - denoised).max() < (1e-4 if method == "dense" else 2e-3)
         error = abs(step.effective_dimension.value[0] - denoised.sum())
         assert error < (5 * step.effective_dimension.sem[0] if method == "perturbation" else 2e-3) + 1e-6
         assert (step.singular_value_sems > 0).any() == (method == "perturbation")
