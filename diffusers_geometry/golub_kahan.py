@@ -183,7 +183,7 @@ class _Krylov:
             bounds=bounds, errors=errors, converged=converged if stopped != "exhausted" else torch.ones_like(converged),
             left=self.left @ ritz.left[:, :wanted] if vectors else None,
             right=self.right @ ritz.right[:, :wanted] if vectors else None,
-            details={"block_size": block_size, "starts": self.starts, "stopped": stopped, "tol": tol, "step": self.jacobian.step},
+            details={"block_size": block_size, "starts": self.starts, "stopped": stopped, "tol": tol},
         )  # fmt: skip
 
 

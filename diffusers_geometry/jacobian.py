@@ -229,11 +229,11 @@ class Jacobian:
 
     def _stacked_grad(self, stack: Tensor) -> Tensor:
         points = self.x.expand(len(stack), *self.x.shape).clone().requires_grad_(True)
-        return torch.autograd.grad(self.batched_fn(points), points, stack)[0]
+        return torch.autograd.grad(_with_graph(self.batched_fn(points)), points, stack)[0]
 
     def _looped_grad(self, stack: Tensor) -> Tensor:
         point = self.x.clone().requires_grad_(True)
-        output = self.fn(point)
+        output = _with_graph(self.fn(point))
         return torch.stack([torch.autograd.grad(output, point, u, retain_graph=True)[0] for u in stack])
 
     def _push(self, stack: Tensor) -> Tensor:
@@ -265,6 +265,15 @@ class Jacobian:
         directions = stack / lengths.clamp_min(torch.finfo(stack.dtype).tiny)
         columns, _ = central_difference_columns(batched, self.x, directions, self.step, chunk_size=self.chunk_size)
         return columns.reshape(len(stack), *self.value.shape) * lengths.reshape(-1, *[1] * self.value.ndim)
+
+
+def _with_graph(output: Tensor) -> Tensor:
+    if not output.requires_grad:
+        raise RuntimeError(
+            "the function gives no gradients: it left torch, or detached its result. Expected one that can be differentiated. "
+            "For a black box pass derivative='difference'."
+        )
+    return output
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

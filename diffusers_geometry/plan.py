@@ -108,7 +108,8 @@ def plan_probe(
         raise ValueError(f"num_singular_values={wanted}. Expected at most {size}, the numbers of one sample.")
     # Of all d values the quadrature is a sum; else it takes its own products, or a dense Jacobian where that is cheaper.
     quadrature = min(2 * log_volume_probes * log_volume_steps, size) if log_volume_epsilon is not None else 0
-    fixed = {"flipd_products": (size if size <= FLIPD_EXACT else min(TRACE_PRODUCTS, size)) if flipd else 0}
+    estimated, exact = min(TRACE_PRODUCTS, size), size <= FLIPD_EXACT and (max_products is None or max_products >= 2 * size)
+    fixed = {"flipd_products": (size if exact else estimated) if flipd else 0}
     maps = 1 if of == "denoised" else 2
     reverse = derivative == "autograd" or symmetric
     shared = {

@@ -151,7 +151,7 @@ class Probe:
         found.products += sum(j.products for j in jacobians)
         found.backend = jacobians[0].backend
         self.chunk_size = min(j.chunk_size for j in jacobians)
-        found.details |= {"chunk_size": self.chunk_size} | found.spectrum.details
+        found.details |= {"chunk_size": self.chunk_size, "step": jacobians[0].step} | found.spectrum.details
         reasons = [r for j in jacobians for r in (j.fallback_reason, j.forward_fallback_reason) if r]
         return found if not reasons else self._with_reason(found, reasons[0])
 

@@ -7,7 +7,8 @@ D' has a rank near the manifold's dimension; epsilon and the score, D' with the 
 
 Lanczos quadrature. One probe's Golub-Kahan bidiagonal of J holds a Gauss quadrature of the spectrum of JᵀJ as that probe weighs
 it: Σ_i f(s_i) = n E Σ_j weight_j f(node_j). It gives 1/2 log det(JᵀJ + eps²) (the regularised psi), the entropy nu and the density.
-Its standard error over probes does not contain the bias of a short quadrature, so the same probes at half the steps say it.
+Its standard error over probes does not contain the bias of a short quadrature. The same probes at half and at a quarter of the
+steps say it: the last change, enlarged where the changes fall slowly (Aitken's sum of a geometric rest).
 
 Where the budget reaches the dimension all of them are exact, with sem = 0.
 """
@@ -29,6 +30,7 @@ TraceMethod = Literal["rademacher", "xtrace", "auto"]
 XTRACE_CORRECTION = 1.5  # leave-one-out estimates overlap; benchmarks/trace.py prints the ratio of true to raw error
 XTRACE_BUDGET = 3  # auto takes XTrace for a budget of more than this times the estimated trace (DESIGN section 4)
 PILOT_PROBES = 8
+LARGEST_REST = 3.0  # in units of the last change, what a slowly converging quadrature is taken to miss
 
 
 def rademacher(count: int, shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:
@@ -155,33 +157,36 @@ class Quadrature:
     The sums run over the n eigenvalues s² of JᵀJ.
 
     Attributes:
-        nodes: Singular values, shape (probes, steps); all of them in one row when exact.
-        weights: Their weights, rows adding up to n.
-        half_nodes: The same from half the steps, shape (probes, steps // 2), and their ``half_weights``.
+        levels: (nodes, weights) at all, half and a quarter of the steps, each of shape (probes, steps of the level): singular
+            values, and weights that add up to n for each probe. One row of all n values when exact.
         size: n.
         exact: Whether the budget reached the dimension.
         products: Products spent.
     """
 
-    nodes: Tensor
-    weights: Tensor
-    half_nodes: Tensor
-    half_weights: Tensor
+    levels: tuple[tuple[Tensor, Tensor], ...]
     size: int
     exact: bool
     products: int
 
-    def sums(self, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, float]:
-        """Σ_i f(s_i) by each probe, shape (probes,), and the bias: the mean's change when the steps are doubled."""
-        samples = (self.weights * function(self.nodes)).sum(dim=1)
-        half = (self.half_weights * function(self.half_nodes)).sum(dim=1)
-        return samples, (samples.mean() - half.mean()).item()
+    def sums(self, function: Callable[[Tensor], Tensor], level: int = 0) -> Tensor:
+        """Σ_i f(s_i) by each probe, shape (probes,)."""
+        nodes, weights = self.levels[level]
+        return (weights * function(nodes)).sum(dim=1)
+
+    @staticmethod
+    def _bias(full: float, half: float, quarter: float) -> float:
+        """What is left of a sequence at m, m/2, m/4 steps: its last change c, times 1 / (r - 1) for changes that fall by r."""
+        change, before = full - half, half - quarter
+        ratio = abs(before / change) if change else math.inf
+        return change * min(LARGEST_REST, max(1.0, 1 / (ratio - 1) if ratio > 1 else LARGEST_REST))
 
     def total(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """Σ_i f(s_i) over the n singular values."""
-        samples, bias = self.sums(function)
+        samples = self.sums(function)
         if self.exact:
             return Estimate(samples[0].item(), products=self.products)
+        bias = self._bias(*(self.sums(function, level).mean().item() for level in range(3)))
         result = _mean(samples, self.products, bias)
         return Estimate(result.value, result.sem, bias, abs(bias) < result.sem / 2, self.products)
 
@@ -203,17 +208,16 @@ class Quadrature:
         def entropy_term(s: Tensor) -> Tensor:
             return s * s.clamp_min(torch.finfo(s.dtype).tiny).log()
 
-        (sums, _), (terms, _) = self.sums(lambda s: s), self.sums(entropy_term)
-
         def nu(first: Tensor, second: Tensor) -> float:
             total = first.mean().item()
             return math.exp(math.log(total) - second.mean().item() / total) if total > 0 else 0.0
 
+        sums, terms = self.sums(lambda s: s), self.sums(entropy_term)
         value = nu(sums, terms)
         if self.exact:
             return Estimate(value, products=self.products)
-        half = (self.half_weights * self.half_nodes).sum(dim=1), (self.half_weights * entropy_term(self.half_nodes)).sum(dim=1)
-        bias = value - nu(*half)
+        coarser = (nu(self.sums(lambda s: s, level), self.sums(entropy_term, level)) for level in (1, 2))
+        bias = self._bias(value, *coarser)
         others = ~torch.eye(len(sums), dtype=torch.bool)
         sem = jackknife_sem([nu(sums[keep], terms[keep]) for keep in others])
         return Estimate(value, sem, bias, abs(bias) < sem / 2, self.products)
@@ -235,7 +239,7 @@ def lanczos_quadrature(
 
     Args:
         jacobian: Products with J and Jᵀ.
-        num_probes: Rademacher probes; errors fall with its square root.
+        num_probes: Rademacher probes; errors fall with its square root. Of fewer than about 8 the standard error itself is unsure.
         num_steps: Lanczos steps, fully reorthogonalised; the bias falls with these.
         generator: The probes; a fixed seed by default.
 
@@ -251,13 +255,12 @@ def lanczos_quadrature(
     if 2 * num_probes * num_steps >= min(rows, columns):
         values = torch.linalg.svdvals(jacobian.dense().cpu().double())
         nodes = torch.cat([values, values.new_zeros(columns - len(values))])[None]
-        ones = torch.ones_like(nodes)
-        return Quadrature(nodes, ones, nodes, ones, columns, True, min(rows, columns))
+        return Quadrature(((nodes, torch.ones_like(nodes)),), columns, True, min(rows, columns))
     probes = rademacher(num_probes, jacobian.x.shape, jacobian.x, generator or torch.Generator().manual_seed(0))
     before = jacobian.products
     bidiagonal = _bidiagonals(jacobian, probes.flatten(1).cpu().double() / math.sqrt(columns), num_steps)
-    full, half = (_gauss(bidiagonal[:, :k, :k], columns) for k in (num_steps, num_steps // 2))
-    return Quadrature(*full, *half, columns, False, jacobian.products - before)
+    levels = tuple(_gauss(bidiagonal[:, :k, :k], columns) for k in (num_steps, num_steps // 2, num_steps // 4))
+    return Quadrature(levels, columns, False, jacobian.products - before)
 
 
 def _gauss(bidiagonal: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -192,7 +192,7 @@ def test_quadrature_is_exact_for_few_distinct_values_and_for_a_full_budget():
     basis = orthogonal(200, 20, 1)
     projector = lanczos_quadrature(matrix_jacobian(basis @ basis.T), num_probes=4, num_steps=6)
     assert not projector.exact
-    for row_nodes, row_weights in zip(projector.nodes, projector.weights, strict=True):
+    for row_nodes, row_weights in zip(*projector.levels[0], strict=True):
         assert row_weights.sum().item() == pytest.approx(200, abs=1e-8)
         assert ((row_nodes < 1e-6) | ((row_nodes - 1).abs() < 1e-6) | (row_weights < 1e-6)).all()
     matrix = torch.randn(30, 20, generator=seeded(2), dtype=torch.float64)
@@ -279,23 +279,33 @@ def test_flipd_of_the_sphere_as_tabulated(dim, sigma, expected):
     assert flipd(SphereDenoiser(dim).at(1.0, sigma), point).value == pytest.approx(expected, abs=2e-6)
 
 
-@pytest.mark.parametrize(("timestep", "truth"), [(10, 8.1), (50, 8.3), (100, 8.5), (250, 8.6), (500, 5.1)])
-def test_flipd_on_stable_diffusions_own_schedule(timestep, truth):
-    """A known implementation says 9.7, 4.6, 2.0, -0.5, -0.8 here: it takes another schedule's sigma for the network's."""
-    scheduler = diffusers.DDPMScheduler(**{k: v for k, v in SCALED_LINEAR.items() if k != "steps_offset"})
-    alpha_bar = scheduler.alphas_cumprod[timestep].double().item()
-    alpha_t, sigma_t = math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-    exact = LinearManifoldDenoiser(orthogonal(64, 8, 1))
-    point = orthogonal(64, 8, 1) @ torch.randn(8, generator=seeded(0)).double()
+@pytest.mark.parametrize(
+    ("timestep", "truth", "peer"), [(10, 8.1, 7), (50, 8.3, 4.6), (100, 8.5, 2.0), (250, 8.6, -0.5), (500, 5.1, -0.8)]
+)
+def test_flipd_on_stable_diffusions_own_schedule(timestep, truth, peer):
+    """A known implementation takes SD's betas for linear ones between the same ends and says -0.5 where the truth is 8.6."""
+
+    def scales(**config):
+        alpha_bar = diffusers.DDPMScheduler(**config).alphas_cumprod[timestep].double().item()
+        return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
+
+    alpha_t, sigma_t = scales(**{k: v for k, v in SCALED_LINEAR.items() if k != "steps_offset"})
+    basis = orthogonal(64, 8, 1)
+    exact = LinearManifoldDenoiser(basis)
+
+    def epsilon(x):
+        return (x - alpha_t * exact.denoised(x, alpha_t, sigma_t)) / sigma_t
+
+    clean = torch.nn.functional.normalize(basis @ torch.randn(8, generator=seeded(0)).double(), dim=0) * math.sqrt(14.6)
     s2 = (sigma_t / alpha_t) ** 2
-    expected = 8 / (1 + s2) + s2 * (point.square().sum() / (1 + s2) ** 2).item()
-    denoiser = Denoiser.from_function(
-        lambda x: (x - alpha_t * exact.denoised(x, alpha_t, sigma_t)) / sigma_t, alpha_t=alpha_t, sigma_t=sigma_t
-    )
-    found = flipd(denoiser, point)
-    assert found.value == pytest.approx(expected, rel=1e-6)
-    assert abs(found.value - truth) < 2.5  # their point was another draw of the same manifold
+    found = flipd(Denoiser.from_function(epsilon, alpha_t=alpha_t, sigma_t=sigma_t), clean)
+    assert found.value == pytest.approx(8 / (1 + s2) + s2 * 14.6 / (1 + s2) ** 2, rel=1e-6)
+    assert found.value == pytest.approx(truth, abs=0.06)
     assert (found.sem, found.products) == (0, 64)
+    wrong_alpha, wrong_sigma = scales(beta_start=SCALED_LINEAR["beta_start"], beta_end=SCALED_LINEAR["beta_end"])
+    trace = Jacobian(lambda x: epsilon(x[None])[0], wrong_alpha * clean).dense().trace()
+    wrong = 64 - wrong_sigma * trace + epsilon(wrong_alpha * clean[None]).square().sum()
+    assert wrong.item() == pytest.approx(peer, abs=0.6)
 
 
 def test_flipd_averages_to_d_at_noised_points():
