@@ -70,8 +70,9 @@ def _check_ranges(settings: dict[str, Any]) -> None:
     for name in ("log_volume_epsilon", "max_probe_seconds"):
         if settings[name] is not None and not settings[name] > 0:
             raise ValueError(f"{name}={settings[name]}. Expected a positive number or None.")
-    if settings["log_volume_probes"] < 2 or settings["log_volume_steps"] < 4:
-        raise ValueError("log_volume_probes and log_volume_steps are too small. Expected at least 2 probes and 4 steps.")
+    if min(settings["log_volume_probes"], settings["log_volume_steps"]) < 4:
+        sizes = ", ".join(f"{name}={settings[name]}" for name in ("log_volume_probes", "log_volume_steps"))
+        raise ValueError(f"{sizes}. Expected at least 4 of both.")
     if settings["spectrum"] == "perturbation" and settings["max_products"] is not None and settings["max_products"] < 4:
         raise ValueError(f"max_products={settings['max_products']} with spectrum='perturbation'. Expected at least 4 samples.")
 

@@ -50,7 +50,7 @@ def estimate_trace(
 
     Args:
         jacobian: Reverse products are taken where there are any (they are the cheaper), else forward products.
-        num_products: Budget, at least 2 ("xtrace": 4, an odd one is left). From the dimension on the trace is exact.
+        num_products: Budget, at least 4 ("xtrace" leaves an odd one). From the dimension on the trace is exact.
         method: "rademacher"; "xtrace" for a J of low effective rank such as D'; "auto" starts with 8 Rademacher probes and
             goes on with XTrace when the budget exceeds 3 x the trace they estimate (for D', its effective dimension).
         generator: The probes; a fixed seed by default.
@@ -64,14 +64,13 @@ def estimate_trace(
     rows, columns = jacobian.shape
     if rows != columns:
         raise ValueError(f"a Jacobian of shape {(rows, columns)} has no trace. Expected a square one.")
-    least = 4 if method == "xtrace" else 2
-    if method not in get_args(TraceMethod) or num_products < least:
-        raise ValueError(f"method={method!r}, num_products={num_products}. Expected {get_args(TraceMethod)} and >= {least}.")
+    if method not in get_args(TraceMethod) or num_products < min(4, rows):
+        raise ValueError(f"method={method!r}, num_products={num_products}. Expected one of {get_args(TraceMethod)}, at least 4.")
     generator = generator or torch.Generator().manual_seed(0)
     if num_products >= rows:
         matrix = jacobian.dense()
         return Estimate(matrix.diagonal().cpu().double().sum().item(), bias=rows * jacobian.step_error, products=rows)
-    pilot = num_products if method == "rademacher" else min(PILOT_PROBES, num_products // 2)
+    pilot = num_products if method == "rademacher" else max(2, min(PILOT_PROBES, num_products // 2))
     probes = rademacher(pilot, jacobian.x.shape, jacobian.x, generator)
     images = _apply(jacobian, probes)
     quadratic = (probes.flatten(1).cpu().double().T * images).sum(dim=0)
@@ -94,8 +93,13 @@ def _apply(jacobian: Jacobian, probes: Tensor) -> Tensor:
 
 
 def _mean(samples: Tensor, products: int, bias: float = 0.0) -> Estimate:
-    sem = samples.std().item() / math.sqrt(len(samples))
+    sem = samples.std().item() / math.sqrt(len(samples)) * _small_sample(len(samples))
     return Estimate(samples.mean().item(), sem, bias, products=products)
+
+
+def _small_sample(count: int) -> float:
+    """Standard deviation of Student's t with ``count`` - 1 degrees of freedom: an error estimated from few samples is unsure."""
+    return math.sqrt((count - 1) / (count - 3))
 
 
 def _xtrace(jacobian: Jacobian, probes: Tensor, images: Tensor) -> Estimate:
@@ -125,18 +129,18 @@ def _xtrace(jacobian: Jacobian, probes: Tensor, images: Tensor) -> Estimate:
     quadratic = (probes * images).sum(dim=0)
     cross = ((mapped.T @ probes) * kept_part).sum(dim=0) + (kept_part * (q.T @ images)).sum(dim=0)
     samples = trace + quadratic - cross + (kept_part * (core @ kept_part)).sum(dim=0)
-    result = _mean(samples, 2 * count, bias)
-    return Estimate(result.value, XTRACE_CORRECTION * result.sem, bias, products=2 * count)
+    sem = XTRACE_CORRECTION * samples.std().item() / math.sqrt(count)
+    return Estimate(samples.mean().item(), sem, bias, products=2 * count)
 
 
 def estimate_frobenius_norm(jacobian: Jacobian, *, num_products: int, generator: torch.Generator | None = None) -> Estimate:
     """|J|_F from E|Jw|² over Rademacher w; exact when the budget reaches the smaller side of J.
 
     Raises:
-        ValueError: fewer than 2 products.
+        ValueError: fewer than 4 products.
     """
-    if num_products < 2:
-        raise ValueError(f"num_products={num_products}. Expected at least 2.")
+    if num_products < min(4, *jacobian.shape):
+        raise ValueError(f"num_products={num_products}. Expected at least 4.")
     if num_products >= min(jacobian.shape):
         matrix = jacobian.dense().cpu().double()
         return Estimate(matrix.norm().item(), bias=jacobian.step_error * math.sqrt(matrix.shape[1]), products=min(jacobian.shape))
@@ -219,7 +223,7 @@ class Quadrature:
         coarser = (nu(self.sums(lambda s: s, level), self.sums(entropy_term, level)) for level in (1, 2))
         bias = self._bias(value, *coarser)
         others = ~torch.eye(len(sums), dtype=torch.bool)
-        sem = jackknife_sem([nu(sums[keep], terms[keep]) for keep in others])
+        sem = jackknife_sem([nu(sums[keep], terms[keep]) for keep in others]) * _small_sample(len(sums))
         return Estimate(value, sem, bias, abs(bias) < sem / 2, self.products)
 
     def density(self, points: Tensor, width: float) -> list[Estimate]:
@@ -244,13 +248,13 @@ def lanczos_quadrature(
         generator: The probes; a fixed seed by default.
 
     Raises:
-        ValueError: fewer than 2 probes or 4 steps.
+        ValueError: fewer than 4 probes or 4 steps.
 
     References:
         Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature (Ubaru, Chen, Saad, 2017)
     """
-    if num_probes < 2 or num_steps < 4:
-        raise ValueError(f"num_probes={num_probes}, num_steps={num_steps}. Expected at least 2 probes and 4 steps.")
+    if num_probes < 4 or num_steps < 4:
+        raise ValueError(f"num_probes={num_probes}, num_steps={num_steps}. Expected at least 4 of both.")
     rows, columns = jacobian.shape
     if 2 * num_probes * num_steps >= min(rows, columns):
         values = torch.linalg.svdvals(jacobian.dense().cpu().double())

@@ -5,12 +5,13 @@ import pytest
 import torch
 from tiny import ddpm_pipeline, pixel_call, sd_call, sd_pipeline
 
-from diffusers_geometry import Jacobian, with_geometry
+from diffusers_geometry import Jacobian, record, with_geometry
 from diffusers_geometry.bundled import DIGITS
 from diffusers_geometry.costs import ProductCosts
 from diffusers_geometry.mixin import GeometryDDPMPipeline
 from diffusers_geometry.plan import fit_to_limits, plan_probe
 from diffusers_geometry.spectrum import dense_spectrum
+from diffusers_geometry.stochastic import lanczos_quadrature
 
 
 def seeded(seed=0):
@@ -173,38 +174,60 @@ def test_chunks_shrink_when_memory_runs_out_and_say_so():
         always.jvp(torch.ones(24))
 
 
-@pytest.mark.slow
-def test_the_digits_model_at_every_step():
-    """Estimates of the trained model against its dense spectrum: quadrature within 4 sem + |bias|, top 16 within bounds."""
+@pytest.fixture(scope="module")
+def digits():
     pipe = GeometryDDPMPipeline.from_pretrained(DIGITS)
     pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.slow
+def test_the_largest_values_of_the_digits_model_at_every_step(digits):
+    """Golub-Kahan against the dense spectrum of the trained model: 16 values within bounds, and the sum that was asked for."""
     options = {"record_steps": 10, "progress": False, "log_volume_epsilon": 0.05}
     call = {"num_inference_steps": 20, "output_type": "np"}
-    dense = pipe.analyze_geometry(**call, **options, generator=seeded(1), flipd=True)
-    sparse = {"spectrum": "golub_kahan", "num_singular_values": 16, "log_volume_probes": 7, "log_volume_steps": 4}
-    found = pipe.analyze_geometry(**call, **options, **sparse, generator=seeded(1))
+    dense = digits.analyze_geometry(**call, **options, generator=seeded(1), flipd=True)
+    sparse = {"spectrum": "golub_kahan", "num_singular_values": 16}
+    found = digits.analyze_geometry(**call, **options, **sparse, generator=seeded(1))
     assert len(found.steps) == 10
     for step, truth in zip(found.steps, dense.steps, strict=True):
         values = truth.singular_values[0]
-        assert np.abs(step.singular_values[0] - values[:16]).max() <= step.singular_value_bounds[0].max()
         assert (np.abs(step.singular_values[0] - values[:16]) <= step.singular_value_bounds[0] + 1e-6).all()
+        assert step.singular_values[0] == pytest.approx(values[:16], rel=1e-3)
         assert step.singular_values_converged.all()
         expected = (0.5 * np.log(values**2 + 0.05**2)).sum()
         assert truth.log_volume.value[0] == pytest.approx(expected, abs=1e-6)
-        volume = step.log_volume
-        assert volume.sem[0] > 0
-        assert abs(volume.value[0] - expected) <= abs(volume.bias[0]) + 4 * volume.sem[0]
-        shares, nu = values / values.sum(), step.local_rank
-        assert abs(nu.value[0] - np.exp(-(shares * np.log(shares)).sum())) <= abs(nu.bias[0]) + 4 * nu.sem[0]
+        # Its 2 x 16 x 30 products exceed d = 64, so the quadrature is a sum over all values.
+        assert step.log_volume.value[0] == pytest.approx(expected, abs=1e-3)
+        assert step.log_volume.sem[0] == 0
         assert truth.flipd.sem[0] == 0
+
+
+@pytest.mark.slow
+def test_quadrature_of_the_digits_model_at_every_step(digits):
+    """The same functionals of the dense spectrum lie within 4 sem + |bias| at 7 probes of 4 steps, in 95 % of 200 runs."""
+    with record(digits, 10) as recording:
+        digits(num_inference_steps=20, output_type="np", generator=seeded(1))
+    covered = {"log_volume": [], "nu": []}
+    for step in recording:
+        matrix = step.denoiser.jacobian(step.sample[0]).dense().double()
+        values = torch.linalg.svdvals(matrix).numpy()
+        shares = values / values.sum()
+        truths = {"log_volume": (0.5 * np.log(values**2 + 0.05**2)).sum(), "nu": np.exp(-(shares * np.log(shares)).sum())}
+        jacobian = Jacobian(lambda x, m=matrix: m @ x, torch.zeros(64).double())
+        for seed in range(20):
+            quadrature = lanczos_quadrature(jacobian, num_probes=7, num_steps=4, generator=seeded(seed))
+            assert not quadrature.exact
+            for name, found in (("log_volume", quadrature.log_volume(0.05)), ("nu", quadrature.local_rank())):
+                covered[name].append(abs(found.value - truths[name]) <= abs(found.bias) + 4 * found.sem)
+    assert np.mean(covered["log_volume"]) >= 0.95
+    assert np.mean(covered["nu"]) >= 0.95
 
 
 def test_flipd_in_a_trace_is_taken_at_the_final_sample_on_the_conditional_branch():
     pipe = with_geometry(sd_pipeline())
     call = sd_call(generator=seeded(), output_type="latent")
     trace = pipe.analyze_geometry(**call, record_steps=[3], flipd=True, progress=False)
-    from diffusers_geometry import record
-
     with record(pipe, [3]) as recording:
         final = pipe(**sd_call(generator=seeded(), output_type="latent")).images
     assert torch.equal(final, recording.final_sample)

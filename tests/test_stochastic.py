@@ -217,7 +217,7 @@ def test_density_integrates_to_one_and_finds_the_bulk():
     assert all(abs(e.bias) < 1e-3 for e in density)
 
 
-@pytest.mark.parametrize(("options", "message"), [({"num_probes": 1}, "num_probes=1"), ({"num_steps": 3}, "num_steps=3")])
+@pytest.mark.parametrize(("options", "message"), [({"num_probes": 3}, "num_probes=3"), ({"num_steps": 3}, "num_steps=3")])
 def test_senseless_quadratures_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         lanczos_quadrature(matrix_jacobian(torch.eye(100)), **options)

@@ -211,7 +211,7 @@ def test_latent_pipeline_with_guidance():
         ({"record_steps": None}, "record_steps=None. Expected an integer"),
         ({"num_singular_values": 65}, "num_singular_values=65. Expected at most 64"),
         ({"log_volume_epsilon": 0}, "log_volume_epsilon=0.0. Expected a positive number"),
-        ({"log_volume_probes": 1}, "Expected at least 2 probes"),
+        ({"log_volume_probes": 3}, "log_volume_probes=3, log_volume_steps=30. Expected at least 4 of both"),
         ({"derivative": "guess"}, "derivative='guess'. Expected one of"),
         ({"derivative": "difference", "spectrum": "golub_kahan"}, "needs reverse products, which a black box"),
         ({"max_probe_memory": 100}, "max_probe_memory=100 cannot be met"),
