@@ -5,18 +5,18 @@ For f: R^n -> R^m and a point x, J = df/dx is m x n. Two products give everythin
 one forward pass, then ``vmap`` over stacked cotangents, about 1.1 to 1.4 plain forward passes each.
 
 A forward product is the reverse product of the reverse product: g(u) = Jᵀu is linear, so its own transpose is J. One graph of g is
-kept for all of them, so none computes the function again; where torch refuses, forward-mode differentiation takes over.
+kept for all of them, so none computes the function again. A backward that cannot be differentiated gives zeros there without a
+word, so the graph is used only when it passes <u, Jv> = <Jᵀu, v>; forward-mode differentiation takes over where it does not.
 
-Nothing here knows of diffusion. Forward products need attention in plain arithmetic and contiguous group norms; both are
-arranged by :func:`forward_mode`, scoped to the product, so that no process-wide switch is left turned.
+Nothing here knows of diffusion. What forward products need of a network is arranged by :mod:`.forward_mode`, scoped to the product.
 
 A black box without gradients (an ONNX session, a compiled engine, a remote call) has Jv by central differences
 (:mod:`.difference`) and no Jᵀu: reverse products are refused, unless the user states that J is symmetric, as the Jacobian of an
 exact score is and that of a trained network nearly.
 
-Measured on a UNet with attention, d = 1024, in plain forward passes per product of a chunk of 4 (of 32): reverse 1.7 (1.3), forward
-by the transposed transpose 2.6 (3.2), forward mode 3.9 (3.3), and 17 for a single vector. Reverse products work with the default
-attention kernels; second derivatives and forward mode fail there ("Trying to use forward AD with
+Measured on a UNet with attention, d = 1024, in plain forward passes per product, for chunks of 32, of 4 and a single vector:
+reverse 1.3, 1.7, 3.2; forward by the transpose of the transpose 2.8, 1.9, 3.8; forward mode 3.3, 3.9, 17. Reverse products work with
+the default attention kernels; second derivatives and forward mode fail there ("Trying to use forward AD with
 _scaled_dot_product_flash_attention_for_cpu that does not support it").
 """
 
@@ -24,35 +24,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from .difference import BatchedMap, CountedMap, central_difference_columns, choose_step, require_finite
+from .forward_mode import forward_mode
 
 Derivative = Literal["autograd", "difference"]
 DENSE_BLOCK = 256  # rows of the identity made at once by dense()
-
-
-class _ContiguousGroupNorm(TorchFunctionMode):
-    """Hands every group norm a contiguous input: its forward derivative cannot view channels-last activations."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in (torch.nn.functional.group_norm, torch.group_norm) and args:
-            args = (args[0].contiguous(), *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def forward_mode() -> Iterator[None]:
-    """A scope in which forward-mode derivatives of diffusers networks work; nothing outlives it."""
-    with sdpa_kernel(SDPBackend.MATH), _ContiguousGroupNorm():
-        yield
 
 
 class Jacobian:
@@ -70,7 +52,8 @@ class Jacobian:
         cancellation: Size of what cancels inside J: 1 for I - sigma J_eps, whose rounding is that of the identity.
 
     Attributes:
-        products: Products spent so far (each vector of a stack is one; a central difference is one).
+        products: Products spent so far (each vector of a stack is one; a central difference is one). The check of a backend is
+            not counted: two products of each kind, once.
         backend: How products are taken: "vmap_vjp", or after a refusal by torch "stacked_grad" (one stacked
             forward per chunk; needs ``batched_fn``) or "looped_grad" (one forward, one backward per vector); "difference".
         fallback_reason: torch's words when ``backend`` is a refusal's, else None.
@@ -257,7 +240,7 @@ class Jacobian:
         names = list(backends)
         for name in names[names.index(self.forward_backend) :]:
             try:
-                with forward_mode(), torch.set_grad_enabled(name == "double_vjp"):
+                with forward_mode(twice_reversed=name == "double_vjp"), torch.set_grad_enabled(name == "double_vjp"):
                     result = backends[name](stack).detach()
             except RuntimeError as error:
                 if _is_out_of_memory(error) or name == names[-1]:
@@ -275,8 +258,20 @@ class Jacobian:
             def transposed(u: Tensor) -> Tensor:
                 return torch.func.vjp(self.fn, self.x)[1](u)[0]
 
-            self._pushforward = torch.func.vjp(transposed, torch.zeros_like(self.value))[1]
+            pushforward = torch.func.vjp(transposed, torch.zeros_like(self.value))[1]
+            self._check_adjoint(pushforward)
+            self._pushforward = pushforward
         return torch.func.vmap(self._pushforward)(stack)[0]
+
+    def _check_adjoint(self, pushforward: Callable[[Tensor], Tensor]) -> None:
+        """RuntimeError unless <u, Jv> = <Jᵀu, v> for two random pairs, to a thousandth of their typical size."""
+        generator = torch.Generator().manual_seed(0)
+        u, v = (torch.randn(2, *shape, generator=generator).to(self.x) for shape in (self.value.shape, self.x.shape))
+        pushed, pulled = torch.func.vmap(pushforward)(v)[0].flatten(1), self._pull(u).flatten(1)
+        left, right = (pushed * u.flatten(1)).sum(dim=1), (pulled * v.flatten(1)).sum(dim=1)
+        typical = pushed.norm(dim=1) + pulled.norm(dim=1)
+        if not ((left - right).abs() <= 1e-3 * typical).all():
+            raise RuntimeError("the backward of the function cannot be differentiated: <u, Jv> differs from <Jᵀu, v>")
 
     def _differ(self, stack: Tensor) -> Tensor:
         """J of a stack by central differences along the normalised vectors."""

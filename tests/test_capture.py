@@ -18,7 +18,7 @@ from tiny import (
 
 from diffusers_geometry import record
 from diffusers_geometry.capture import resolve_steps
-from diffusers_geometry.jacobian import forward_mode
+from diffusers_geometry.forward_mode import forward_mode
 
 
 def seeded(seed=0):

@@ -8,7 +8,7 @@ from tiny import dit, randn, sd_unet, unet2d
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_geometry import Denoiser, Jacobian
-from diffusers_geometry.jacobian import forward_mode
+from diffusers_geometry.forward_mode import forward_mode
 
 EMBEDDING = randn(1, 5, 8, seed=3)
 
@@ -175,3 +175,57 @@ def test_unknown_names_are_refused():
         Denoiser.from_function(torch.sin, alpha_t=1.0, sigma_t=1.0).jacobian(torch.zeros(3), "psi")
     with pytest.raises(ValueError, match="alpha_t=0 with prediction_type='epsilon'"):
         Denoiser.from_function(torch.sin, alpha_t=0.0, sigma_t=1.0)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"stride": 2}, {"padding": 1}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": (2, 1)}, {"groups": 2},
+    {"stride": (3, 2), "padding": 2}, {"padding": "same"},
+])  # fmt: skip
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_products_through_every_kind_of_convolution(options, bias):
+    """The backward that is written out must be the transposed convolution for every geometry."""
+    groups = options.get("groups", 1)
+    weight, shift = randn(6, 4 // groups, 3, 3).double(), randn(6, seed=1).double() if bias else None
+
+    def fn(x):
+        return torch.nn.functional.conv2d(torch.sin(x)[None], weight, shift, **options)[0]
+
+    x = randn(4, 9, 8, seed=2).double()
+    jacobian, v = Jacobian(fn, x), randn(3, 4, 9, 8, seed=3).double()
+    found = jacobian.jvp(v)
+    assert jacobian.forward_backend == "double_vjp"
+    expected = torch.stack([torch.func.jvp(fn, (x,), (t,))[1] for t in v])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_forward_products_fall_back_and_say_so():
+    class Once(torch.autograd.Function):
+        """Has a forward derivative and a backward that cannot be differentiated again."""
+
+        @staticmethod
+        def forward(x):
+            return x * x
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(inputs[0])
+            ctx.save_for_forward(inputs[0])
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad):
+            return 2 * ctx.saved_tensors[0] * grad
+
+        @staticmethod
+        def jvp(ctx, tangent):
+            return 2 * ctx.saved_tensors[0] * tangent
+
+        @staticmethod
+        def vmap(info, in_dims, x):
+            return Once.apply(x), in_dims[0]
+
+    x = randn(5).double()
+    jacobian = Jacobian(Once.apply, x)
+    torch.testing.assert_close(jacobian.jvp(torch.eye(5).double()), torch.diag(2 * x))
+    assert jacobian.forward_backend in ("vmap_jvp", "looped_jvp")
+    assert jacobian.forward_fallback_reason

@@ -13,6 +13,7 @@ import diffusers_geometry
 PACKAGE = Path(diffusers_geometry.__file__).parent
 NUMERICAL = [
     "difference",
+    "forward_mode",
     "jacobian",
     "denoiser",
     "exact",
