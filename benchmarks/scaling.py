@@ -4,7 +4,7 @@
 
 Every size runs in a process of its own. Columns: one plain forward pass in a stack of 8; a reverse and a forward product in a
 chunk of 4, in forwards; bytes in flight per product; then 32 k products of Golub-Kahan for k = 4 and 16, with the time per product
-in forwards; and the peak memory of the process after 8 forward passes and at the end. A dense Jacobian would take d reverse products.
+in forwards; and the peak memory of the process after 8 forward passes and at the end. A dense Jacobian takes d reverse products.
 """
 
 import argparse

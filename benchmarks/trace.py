@@ -4,7 +4,7 @@
 
 Only the trace is random in FLIPD, so its error is the trace's. The last two columns take Gaussian probes on the epsilon Jacobian,
 as the published implementations do: their error with 2,000 products, and the products they need for the error of "auto" (errors
-fall with the square root). The last lines are where XTRACE_CORRECTION comes from: XTrace's true error over its raw leave-one-out one.
+fall with the square root). The last lines are where XTRACE_CORRECTION comes from: XTrace's true error over its raw one.
 """
 
 import math

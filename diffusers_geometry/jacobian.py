@@ -14,8 +14,8 @@ A black box without gradients (an ONNX session, a compiled engine, a remote call
 (:mod:`.difference`) and no Jᵀu: reverse products are refused, unless the user states that J is symmetric, as the Jacobian of an
 exact score is and that of a trained network nearly.
 
-In plain forward passes per product (benchmarks/products.py), for chunks of 32, of 4 and a single vector: reverse 1.3, 1.7, 3.2;
-forward by the transpose of the transpose 2.8, 1.9, 3.8; forward mode 3.3, 3.9, 17. Reverse products work with the default attention
+In plain forward passes per product (benchmarks/products.py), for chunks of 32, of 4 and a single vector: reverse 1.4, 1.6, 3.2;
+forward by the transpose of the transpose 2.5, 1.8, 3.9; forward mode 3.5, 4.9, 16. Reverse products work with the default attention
 kernels; second derivatives and forward mode fail there ("Trying to use forward AD with
 _scaled_dot_product_flash_attention_for_cpu that does not support it").
 """
