@@ -196,7 +196,9 @@ def _print_trace(trace: GeometryTrace, output: Path) -> None:
         "products",
     ]
     for column in columns:
-        table.add_column(column, justify="left" if column in ("phase", "engine") else "right")
+        table.add_column(
+            column.replace("_", "-"), justify="left" if column in ("phase", "engine") else "right", no_wrap=column == "phase"
+        )
     for row in trace.rows():
         cells = [str(row["step"]), *([str(row["sample"])] if batch > 1 else []), _number(row["sigma"], ".3g", "inf"), row["phase"]]
         cells += [_with_sem(row, "psi"), str(row["psi_rank"]), _with_sem(row, "nu"), _with_sem(row, "effective_dimension")]
@@ -213,7 +215,7 @@ def _print_trace(trace: GeometryTrace, output: Path) -> None:
 
 def _summary(trace: GeometryTrace, sample: int, batch: int) -> str:
     name = f"Sample {sample}: m" if batch > 1 else "M"
-    dim, size = trace.manifold_dims[sample], trace.steps[0].denoised_singular_values.shape[1]
+    dim, size = trace.manifold_dims[sample], trace.settings["plan"]["size"]
     dimension = (
         f"anifold dimension {dim} of {size}"
         if dim is not None

@@ -72,7 +72,12 @@ def _draw_spectra(axes: Axes, colourbar: Axes, trace: GeometryTrace, sample: int
         extent=(-0.5, len(trace.steps) - 0.5, 0.5, len(values) + 0.5),
     )  # fmt: skip
     gaps = np.array([step.gap_dim.value[sample] for step in trace.steps])
+    certain = np.array([step.denoised_complete or step.gap_dim.converged[sample] for step in trace.steps])
     axes.plot(gaps + 0.5, "o-", color="#e31a1c", markersize=4, linewidth=1.2, label="largest gap")
+    if not certain.all():
+        places = np.flatnonzero(~certain)
+        label = "largest gap in hand"
+        axes.plot(places, gaps[places] + 0.5, "o", color="#e31a1c", markersize=5, markerfacecolor="white", label=label)
     axes.legend(loc="upper left", fontsize=9)
     axes.set_ylabel("index of singular value")
     axes.tick_params(labelbottom=False)
