@@ -54,7 +54,7 @@ def local_scaling(spectrum: Spectrum, relative_threshold: float = 1e-3, rank: in
     Args:
         spectrum: Singular values s, shape (k,). Of an incomplete spectrum psi is that of the values in hand, and not converged
             when all of them count.
-        relative_threshold: Counts s_i > relative_threshold s_1 that stand above their own error (rounding, differences).
+        relative_threshold: Counts s_i > relative_threshold s_1 that stand above rounding (and the error of differences).
         rank: Counts the R largest instead, for comparing samples.
 
     Returns:
@@ -68,8 +68,8 @@ def local_scaling(spectrum: Spectrum, relative_threshold: float = 1e-3, rank: in
     in_hand = len(spectrum.singular_values)
     if rank is not None and not 1 <= rank <= in_hand:
         raise ValueError(f"rank={rank}. Expected 1 <= rank <= {in_hand}, the singular values in hand.")
-    floor = _floor(spectrum)
-    count = int((spectrum.singular_values > torch.clamp(floor, min=relative_threshold * spectrum.singular_values.max())).sum())
+    smallest = max(spectrum.floor, relative_threshold * spectrum.singular_values.max().item())
+    count = int((spectrum.singular_values > smallest).sum())
     count = count if rank is None else rank
 
     def psi(values: Tensor) -> float:
@@ -81,16 +81,10 @@ def local_scaling(spectrum: Spectrum, relative_threshold: float = 1e-3, rank: in
     return LocalScaling(result.value, result.sem, result.bias, result.converged and cut, result.products, rank=count)
 
 
-def _floor(spectrum: Spectrum) -> Tensor:
-    """Error below which a singular value is no different from zero, shape (k,)."""
-    zero = torch.zeros_like(spectrum.singular_values)
-    return zero if spectrum.bounds is None or spectrum.restricted else spectrum.bounds
-
-
 def local_rank(spectrum: Spectrum) -> Estimate:
     """Local rank nu = exp(-Σ p_i log p_i), p_i = s_i / Σ s; 0 for a zero map, else in [1, number of values].
 
-    Values that do not stand above their own error are taken for zero.
+    Values that do not stand above rounding are taken for zero.
 
     References:
         What Secrets Do Your Manifolds Hold? (Humayun et al., 2025), https://arxiv.org/abs/2408.08307, Definition 2
@@ -99,7 +93,7 @@ def local_rank(spectrum: Spectrum) -> Estimate:
         spectrum: Singular values s, shape (k,), in any unit: nu is scale free. Of an incomplete spectrum nu is that of the values
             in hand, which is too small by an unknown bias; Lanczos quadrature has it without the spectrum.
     """
-    present = spectrum.singular_values > _floor(spectrum)
+    present = spectrum.singular_values > spectrum.floor
 
     def nu(values: Tensor) -> float:
         positive = values[present[: len(values)] & (values > 0)]
@@ -152,8 +146,12 @@ def projected_local_scaling(
         probes, projection = torch.linalg.qr(probes)[0], "orthonormal"
     rows = jacobian.vjp(probes.T.reshape(num_products, *jacobian.value.shape).to(jacobian.x)).flatten(1).cpu().double()
     values = torch.linalg.svdvals(rows)[:rank]
-    if not values[-1] > 0:
-        raise ValueError(f"rank={rank}, but the projection has {int((values > 0).sum())} non-zero singular values.")
+    rounding = jacobian.rounding(values[0].item())
+    if not values[-1] > rounding:
+        raise ValueError(
+            f"rank={rank}, but the projection has only {int((values > rounding).sum())} singular values above rounding. Expected the "
+            "rank of the Jacobian."
+        )
     shape = torch.arange(rank, dtype=torch.float64)
     shift, variance = _log_moments((num_products - shape) / 2)
     if projection == "orthonormal":

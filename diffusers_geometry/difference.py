@@ -8,12 +8,14 @@ h; h is chosen where their sum is least. Nothing here needs a gradient, so f may
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 BatchedMap = Callable[[Tensor], Tensor]
+MAX_RUNGS = 16  # of the ladder of steps
 
 
 def require_finite(value: Tensor, what: str) -> Tensor:
@@ -44,10 +46,31 @@ class CountedMap:
 
 
 def evaluate(fn: BatchedMap, points: Tensor, chunk_size: int) -> Tensor:
-    """``fn`` on a stack (K, *dims) in chunks, without gradients, flat and finite: (K, out)."""
-    with torch.no_grad():
-        values = torch.cat([fn(chunk).flatten(1) for chunk in points.split(chunk_size)])
-    return require_finite(values, "the function")
+    """``fn`` on a stack (K, *dims) in chunks, without gradients, flat and finite: (K, out); chunks shrink with memory."""
+    values, start = [], 0
+    while start < len(points):
+        chunk = points[start : start + chunk_size]
+        try:
+            with torch.no_grad():
+                values.append(fn(chunk).flatten(1))
+        except RuntimeError as error:
+            chunk_size = smaller_chunk(error, len(chunk))
+            continue
+        start += len(chunk)
+    return require_finite(torch.cat(values), "the function")
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Accelerators raise OutOfMemoryError; the CPU's allocator a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def smaller_chunk(error: RuntimeError, size: int) -> int:
+    """Half of a chunk size that ran out of memory, with a warning; raises ``error`` if that is not what happened."""
+    if not is_out_of_memory(error) or size == 1:
+        raise error
+    warnings.warn(f"out of memory with chunk_size={size}; going on with {size // 2}.", stacklevel=4)
+    return size // 2
 
 
 def orthonormal_directions(shape: torch.Size, count: int, like: Tensor, generator: torch.Generator) -> Tensor:
@@ -89,8 +112,8 @@ def choose_step(fn: BatchedMap, x: Tensor, *, scale: float, generator: torch.Gen
         generator: Random directions.
     """
     low, high = (3 * torch.finfo(x.dtype).eps / 2) ** (1 / 3) * scale, 0.1 * max(1.0, scale)
-    ladder = torch.logspace(math.log2(low / 2), math.log2(high), max(3, math.ceil(math.log2(high / low)) + 2), base=2.0)
-    ladder = ladder.tolist()
+    rungs = min(MAX_RUNGS, max(3, math.ceil(math.log2(high / low)) + 2))
+    ladder = torch.logspace(math.log2(low / 2), math.log2(high), rungs, base=2.0).tolist()
     errors, size = torch.zeros(len(ladder) - 1, dtype=torch.float64), 0.0
     for direction in _telling_directions(fn, x, low, generator):
         noise = _rounding_noise(fn, x, direction, spacing=low / 4)
@@ -122,6 +145,8 @@ def _rounding_noise(fn: BatchedMap, x: Tensor, direction: Tensor, *, spacing: fl
     """Norm of the rounding noise in f, from the higher differences of f on a short line (Moré and Wild, 2011, eq. 2.3)."""
     offsets = torch.arange(points, dtype=x.dtype, device=x.device).reshape(-1, *[1] * x.ndim)
     differences = evaluate(fn, x + spacing * offsets * direction, points).cpu().double()
+    if not differences.diff(dim=0).any():  # a rounded output on one of its steps: look as far as the next one
+        differences = evaluate(fn, x + 64 * spacing * offsets * direction, points).cpu().double()
     # Where f is flat its values round alike and differ by nothing; they are rounded all the same.
     rounded = torch.finfo(x.dtype).eps / math.sqrt(12) * differences[0].norm().item()
     levels = []

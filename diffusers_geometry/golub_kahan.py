@@ -7,8 +7,12 @@ u = U p, v = V q approach those of J. J v = theta u holds by construction; what 
     some singular value of J lies within r of theta          (always; the bound)
     |s - theta| <= r² / (theta - largest unwanted value)     (when the wanted values are found; the estimate)
 
+The estimate is believed only from values that did not move by more than the tolerance in the last step, and with the unwanted value
+taken at the upper end of its own bound: inside a plateau of close values Ritz values are no one's in particular.
+
 A value that occurs more often than there were starting directions cannot show all its copies in a Krylov space: as soon as all
-copies in sight are as many as the starting directions, or the space closes, fresh directions are added.
+copies in sight are as many as the starting directions, or the space closes, fresh directions are added, and given as many steps as
+the ones before them took.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from .spectrum import Spectrum
 def golub_kahan_memory(shape: tuple[int, int], products: int, block_size: int = 4) -> int:
     """Bytes that the two bases of :func:`golub_kahan_spectrum` take (float64, on the CPU)."""
     columns = min(products // 2 + 2 * block_size, min(shape))
-    return 8 * columns * (sum(shape) + 2 * columns)
+    return 12 * columns * (sum(shape) + 2 * columns)  # while a basis grows, it is there twice
 
 
 def golub_kahan_spectrum(
@@ -44,7 +48,7 @@ def golub_kahan_spectrum(
     Args:
         jacobian: Products with J and Jᵀ.
         num_singular_values: k, at most min(m, n).
-        tol: A value has converged when min(r, r² / gap to the unwanted values) <= tol theta.
+        tol: A value has converged when min(r, r² / gap to the unwanted values) <= tol theta, or at the level of rounding.
         max_products: Budget; by default as many as it takes (2 min(m, n) give everything).
         block_size: Directions advanced together. Small blocks take fewer products, large ones share forward passes.
         generator: Starting directions; a fixed seed by default.
@@ -52,7 +56,8 @@ def golub_kahan_spectrum(
 
     Returns:
         k values with bounds, estimated errors, converged flags; ``details["stopped"]`` is "converged", "budget" or
-        "exhausted" (the Krylov space and fresh directions have nothing more: the remaining values are zero).
+        "exhausted" (the Krylov space and fresh directions have nothing more: the remaining values are zero). The bound of a value
+        that has not converged reaches up to the largest value, since Ritz values only grow.
 
     Raises:
         ValueError: k, tol, block size or budget out of range.
@@ -76,22 +81,28 @@ def golub_kahan_spectrum(
         )
     krylov = _Krylov(jacobian, generator or torch.Generator().manual_seed(0))
     krylov.add_fresh(block_size)
+    ritz, steps, due = None, 0, 0
     while True:
         krylov.advance()
-        ritz = krylov.ritz(num_singular_values)
-        hidden = _may_hide_copies(ritz, num_singular_values, krylov.starts, tol)
+        ritz, steps = krylov.ritz(num_singular_values, ritz, tol), steps + 1
+        settled = len(ritz.values) >= num_singular_values and bool(ritz.converged[:num_singular_values].all())
+        # Fresh directions must have had as many steps as those before them, or have shown all that they can.
+        explored = steps >= due or not krylov.next_width
+        hides = explored and _may_hide_copies(ritz, num_singular_values, krylov.starts, tol)
         stopped = None
         if krylov.is_full or krylov.is_exhausted:
             stopped = "exhausted"
-        elif len(ritz.values) >= num_singular_values and ritz.converged(tol)[:num_singular_values].all() and not hidden:
+        elif settled and explored and not hides:
             stopped = "converged"
         else:
-            if hidden or not krylov.next_width:
+            if (settled and hides) or not krylov.next_width:
                 krylov.add_fresh(block_size)
+                steps, due = 0, steps
             if krylov.products + 2 * krylov.next_width > budget:
                 stopped = "budget"
         if stopped:
-            return krylov.spectrum(ritz, num_singular_values, tol, stopped, vectors, block_size)
+            trusted = stopped != "budget" or (explored and not hides)
+            return krylov.spectrum(ritz, num_singular_values, stopped, trusted, vectors=vectors, block_size=block_size)
 
 
 class _Krylov:
@@ -159,62 +170,64 @@ class _Krylov:
         stack = columns.T.reshape(-1, *shape).to(self.jacobian.x)
         return product(stack).flatten(1).cpu().double().T
 
-    def ritz(self, wanted: int) -> _Ritz:
-        """Singular values of B and their residuals."""
+    def ritz(self, wanted: int, previous: _Ritz | None, tol: float) -> _Ritz:
+        """Singular values of B with their residuals, errors and whether they have converged."""
         p, values, q = torch.linalg.svd(self.forward, full_matrices=False)
         inside = self.reverse @ p - q.T * values
         outside = self._remainder @ p[p.shape[0] - self._remainder.shape[1] :]
         residuals = (inside.square().sum(dim=0) + outside.square().sum(dim=0)).sqrt() + self.noise
-        unwanted = values[wanted].item() if len(values) > wanted else 0.0
-        return _Ritz(values, residuals, unwanted, self.noise, p, q.T)
+        steady = torch.zeros(len(values), dtype=torch.bool)
+        if previous is not None:
+            known = min(len(values), len(previous.values))
+            steady[:known] = (values[:known] - previous.values[:known]).abs() <= tol * values[:known]
+        unwanted = (values + residuals)[wanted].item() if len(values) > wanted else 0.0
+        gaps = (values - unwanted).clamp_min(torch.finfo(torch.float64).tiny)
+        errors = torch.where(steady, torch.minimum(residuals, residuals.square() / gaps + self.noise), residuals)
+        converged = errors <= torch.clamp(tol * values, min=2 * self.noise)
+        return _Ritz(values, residuals, errors, converged, p, q.T)
 
-    def spectrum(self, ritz: _Ritz, wanted: int, tol: float, stopped: str, vectors: bool, block_size: int) -> Spectrum:
-        """The result. Values that the bases do not show are zero: exactly so when exhausted, else up to the last one shown."""
-        shape, missing = self.jacobian.shape, max(0, wanted - len(ritz.values))
+    def spectrum(self, ritz: _Ritz, wanted: int, stopped: str, trusted: bool, *, vectors: bool, block_size: int) -> Spectrum:
+        """The result. Values that the bases do not show are zero: exactly so when exhausted, else up to the largest one."""
+        missing = max(0, wanted - len(ritz.values))
+        ceiling = (ritz.values + ritz.residuals)[:1].sum().item() or self.scale
         padding = torch.zeros(missing, dtype=torch.float64)
-        unseen = ritz.noise if stopped == "exhausted" else max([self.scale, *ritz.values[-1:].tolist()])
-        values, errors, bounds = (
-            torch.cat([column[:wanted], padding + extra])
-            for column, extra in ((ritz.values, 0.0), (ritz.errors, unseen), (ritz.residuals, unseen))
-        )
-        converged = torch.cat([ritz.converged(tol)[:wanted], padding > 0])
+        values = torch.cat([ritz.values[:wanted], padding])
+        converged = torch.cat([ritz.converged[:wanted], torch.full((missing,), stopped == "exhausted")])
+        converged = converged if trusted else torch.zeros_like(converged)
+        bounds = torch.cat([ritz.residuals[:wanted], padding + self.noise])
+        errors = torch.cat([ritz.errors[:wanted], padding + self.noise])
+        reach = torch.maximum(bounds, ceiling - values)
+        bounds, errors = torch.where(converged, bounds, reach), torch.where(converged, errors, reach)
         return Spectrum(
-            values, shape, "golub_kahan", self.products, complete=len(values) == min(shape),
-            bounds=bounds, errors=errors, converged=converged if stopped != "exhausted" else torch.ones_like(converged),
+            values, self.jacobian.shape, "golub_kahan", self.products, complete=len(values) == min(self.jacobian.shape),
+            bounds=bounds, errors=errors, converged=converged, floor=self.noise,
             left=self.left @ ritz.left[:, :wanted] if vectors else None,
             right=self.right @ ritz.right[:, :wanted] if vectors else None,
-            details={"block_size": block_size, "starts": self.starts, "stopped": stopped, "tol": tol},
+            details={"block_size": block_size, "starts": self.starts, "stopped": stopped},
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Ritz:
-    """Singular values of the projected map, with residuals and coefficients of their vectors as columns."""
+    """Singular values of the projected map, with what is known of their errors and coefficients of their vectors as columns."""
 
     values: Tensor
     residuals: Tensor
-    unwanted: float
-    noise: float
+    errors: Tensor
+    converged: Tensor
     left: Tensor
     right: Tensor
 
-    @property
-    def errors(self) -> Tensor:
-        gaps = (self.values - self.unwanted).clamp_min(torch.finfo(torch.float64).tiny)
-        return torch.minimum(self.residuals, self.residuals.square() / gaps + self.noise)
-
-    def converged(self, tol: float) -> Tensor:
-        return self.errors <= torch.clamp(tol * self.values, min=2 * self.noise)
-
 
 def _may_hide_copies(ritz: _Ritz, wanted: int, starts: int, tol: float) -> bool:
-    """Whether some wanted values agree within tolerance and are as many as the starting directions can show."""
-    values = ritz.values[: wanted + 1].tolist()
-    if len(values) < starts or not ritz.converged(tol)[: len(values) - 1].all():
-        return False
+    """Whether some wanted values agree, within their errors, and are as many as the starting directions can show."""
+    values, errors = ritz.values[: wanted + 1].tolist(), ritz.errors[: wanted + 1].tolist()
     for first in range(len(values)):
         last = first
-        while last + 1 < len(values) and values[first] - values[last + 1] <= 2 * tol * values[first]:
+        while last + 1 < len(values):
+            apart = values[first] - values[last + 1]
+            if apart > 0.1 * tol * values[first] + errors[first] + errors[last + 1]:
+                break
             last += 1
         if last - first + 1 >= starts and last + 1 < min(wanted, len(values)):
             return True

@@ -30,7 +30,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .difference import BatchedMap, CountedMap, central_difference_columns, choose_step, require_finite
+from .difference import (
+    BatchedMap,
+    CountedMap,
+    central_difference_columns,
+    choose_step,
+    is_out_of_memory,
+    require_finite,
+    smaller_chunk,
+)
 from .forward_mode import forward_mode
 
 Derivative = Literal["autograd", "difference"]
@@ -53,7 +61,7 @@ class Jacobian:
 
     Attributes:
         products: Products spent so far (each vector of a stack is one; a central difference is one). The check of a backend is
-            not counted: two products of each kind, once.
+            not counted: two products of each kind, once. Nor is the choice of a difference step: ``step_products``.
         backend: How products are taken: "vmap_vjp", or after a refusal by torch "stacked_grad" (one stacked
             forward per chunk; needs ``batched_fn``) or "looped_grad" (one forward, one backward per vector); "difference".
         fallback_reason: torch's words when ``backend`` is a refusal's, else None.
@@ -96,7 +104,7 @@ class Jacobian:
         self.forward_backend = "double_vjp" if derivative == "autograd" else "difference"
         self.forward_fallback_reason: str | None = None
         self.step: float | None = None
-        self.step_error = 0.0
+        self.step_error, self.step_products = 0.0, 0
         self._value: Tensor | None = None
         self._pullback: Callable[[Tensor], Tensor] | None = None
         self._pushforward: Callable[[Tensor], Tensor] | None = None
@@ -117,6 +125,11 @@ class Jacobian:
         """Spectral norm of what rounding and differences add to a matrix of products, ``largest`` being J's own norm."""
         unit = torch.finfo(self.x.dtype).eps * math.sqrt(min(self.shape))
         return unit * (largest + self.cancellation) + self.step_error * math.sqrt(min(self.shape))
+
+    @property
+    def dense_products(self) -> int:
+        """Products that :meth:`dense` takes."""
+        return min(self.shape) if self.derivative == "autograd" else self.shape[1]
 
     @property
     def has_reverse(self) -> bool:
@@ -161,6 +174,9 @@ class Jacobian:
         stack = vectors[None] if single else vectors
         if stack.shape[1:] != shape or stack.ndim != len(shape) + 1:
             raise ValueError(f"{name} has shape {tuple(vectors.shape)}. Expected {tuple(shape)} or (K, *{tuple(shape)}).")
+        if not len(stack):
+            like = self.x if product != self._pull else self.value
+            return torch.empty(0, *(self.value if like is self.x else self.x).shape).to(self.x)
         stack, results, start = stack.to(self.x), [], 0
         while start < len(stack):
             chunk = stack[start : start + self.chunk_size]
@@ -172,16 +188,13 @@ class Jacobian:
                 continue
             self.products += len(chunk)
             start += len(chunk)
-        result = torch.cat(results) if results else product(stack)
+        result = torch.cat(results)
         return result[0] if single else result
 
     def _shrink(self, error: RuntimeError, size: int) -> None:
         """Halves the chunk size after running out of memory, and says so; raises ``error`` if that is not what happened."""
-        if not _is_out_of_memory(error) or size == 1:
-            raise error
-        self.chunk_size, before = max(1, size // 2), self.chunk_size
+        self.chunk_size = smaller_chunk(error, size)
         self.chunk_reductions += 1
-        warnings.warn(f"out of memory with chunk_size={before}; going on with {self.chunk_size}.", stacklevel=4)
 
     def _linearise(self) -> None:
         """One forward pass, kept for all reverse products; a plain one where torch refuses or there are none."""
@@ -198,7 +211,7 @@ class Jacobian:
         self._value = require_finite(value.detach().clone(), "the function at x")
 
     def _fall_back(self, error: RuntimeError) -> None:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise error
         self.backend = "looped_grad" if self.batched_fn is None else "stacked_grad"
         self.fallback_reason = _first_line(error)
@@ -243,7 +256,7 @@ class Jacobian:
                 with forward_mode(twice_reversed=name == "double_vjp"), torch.set_grad_enabled(name == "double_vjp"):
                     result = backends[name](stack).detach()
             except RuntimeError as error:
-                if _is_out_of_memory(error) or name == names[-1]:
+                if is_out_of_memory(error) or name == names[-1]:
                     raise
                 self.forward_fallback_reason = _first_line(error)
                 continue
@@ -280,7 +293,7 @@ class Jacobian:
             generator = self._generator or torch.Generator().manual_seed(0)
             counted = CountedMap(batched)
             self.step, self.step_error = choose_step(counted, self.x, scale=self.scale, generator=generator)
-            self.products += counted.evaluations // 2
+            self.step_products = counted.evaluations // 2
         lengths = stack.flatten(1).norm(dim=1).reshape(-1, *[1] * self.x.ndim)
         directions = stack / lengths.clamp_min(torch.finfo(stack.dtype).tiny)
         columns, _ = central_difference_columns(batched, self.x, directions, self.step, chunk_size=self.chunk_size)
@@ -294,11 +307,6 @@ def _with_graph(output: Tensor) -> Tensor:
             "For a black box pass derivative='difference'."
         )
     return output
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """Accelerators raise OutOfMemoryError; the CPU's allocator a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _first_line(error: Exception) -> str:

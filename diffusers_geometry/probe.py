@@ -148,7 +148,7 @@ class Probe:
 
     def _finish(self, found: PointGeometry, *jacobians: Jacobian) -> PointGeometry:
         """Notes what the products took; a chunk that memory forced to be smaller stays so."""
-        found.products += sum(j.products for j in jacobians)
+        found.products += sum(j.products + j.step_products for j in jacobians)
         found.backend = jacobians[0].backend
         self.chunk_size = min(j.chunk_size for j in jacobians)
         found.details |= {"chunk_size": self.chunk_size, "step": jacobians[0].step} | found.spectrum.details
@@ -182,7 +182,7 @@ class Probe:
 
     def _randomized(self, denoiser: Denoiser, x_t: Tensor, generator: torch.Generator) -> PointGeometry:
         def values(jacobian: Jacobian, products: int) -> Spectrum:
-            return randomized_spectrum(jacobian, self.plan.num_singular_values, generator=generator)
+            return randomized_spectrum(jacobian, self.plan.num_singular_values, tol=self.plan.tol, generator=generator)
 
         return self._from_products(denoiser, x_t, generator, values)
 
@@ -227,5 +227,5 @@ class Probe:
             quadrature = lanczos_quadrature(jacobian, **options)
             found.log_volume = quadrature.log_volume(plan.log_volume_epsilon)
             found.local_rank = quadrature.local_rank()
-            found.products += jacobian.products
+            found.products += jacobian.products + jacobian.step_products
         found.details["log_volume_epsilon"] = plan.log_volume_epsilon

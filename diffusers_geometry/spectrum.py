@@ -39,6 +39,7 @@ class Spectrum:
         restricted: Whether these are values of J restricted to random directions, which say little of each one of J's.
         bounds: Largest error that is not statistical of each value, shape (k,); None for zero.
         errors: Estimate of that error, at most ``bounds``, shape (k,); None where it is the bound.
+        floor: Rounding, below which a value is no different from zero.
         converged: Whether each value met the method's tolerance, shape (k,); None for all.
         eigenvalues: Of the symmetric part, descending, shape (n,), for a square matrix in hand; else None.
         asymmetry: |J - Jᵀ|_F / |J + Jᵀ|_F for a square matrix in hand; else None.
@@ -59,6 +60,7 @@ class Spectrum:
     restricted: bool = False
     bounds: Tensor | None = None
     errors: Tensor | None = None
+    floor: float = 0.0
     converged: Tensor | None = None
     eigenvalues: Tensor | None = None
     asymmetry: float | None = None
@@ -133,6 +135,7 @@ def matrix_spectrum(matrix: Tensor, *, method: str, products: int, bound: float 
         method,
         products,
         bounds=torch.full_like(values, bound) if bound else None,
+        floor=bound,
         eigenvalues=eigenvalues,
         asymmetry=asymmetry,
         trace=trace,
@@ -149,7 +152,12 @@ def dense_spectrum(jacobian: Jacobian) -> Spectrum:
 
 
 def randomized_spectrum(
-    jacobian: Jacobian, num_singular_values: int, *, num_oversamples: int = 8, generator: torch.Generator | None = None
+    jacobian: Jacobian,
+    num_singular_values: int,
+    *,
+    num_oversamples: int = 8,
+    tol: float = 1e-3,
+    generator: torch.Generator | None = None,
 ) -> Spectrum:
     """The largest singular values of QᵀJ, Q = orth(J Omega): 2 (k + p) products and 5 more that bound the bias.
 
@@ -159,6 +167,7 @@ def randomized_spectrum(
         jacobian: Products with J and Jᵀ.
         num_singular_values: k, at most min(m, n).
         num_oversamples: p.
+        tol: Relative bound at which a value counts as converged.
         generator: The random Omega; a fixed seed by default.
 
     References:
@@ -183,5 +192,5 @@ def randomized_spectrum(
     bounds = torch.full_like(values, bound + jacobian.rounding(values[0].item()))
     return Spectrum(
         values, jacobian.shape, "randomized", jacobian.products - before, complete=len(values) == limit, bounds=bounds,
-        converged=bounds <= 1e-3 * values, details={"k": num_singular_values, "num_oversamples": num_oversamples, "bias": -bound},
+        floor=jacobian.rounding(values[0].item()), converged=bounds <= tol * values, details={"k": num_singular_values, "num_oversamples": num_oversamples, "bias": -bound},
     )  # fmt: skip

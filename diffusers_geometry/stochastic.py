@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -27,9 +27,12 @@ from .estimate import Estimate, jackknife_sem
 from .jacobian import Jacobian
 
 TraceMethod = Literal["rademacher", "xtrace", "auto"]
-XTRACE_CORRECTION = 1.5  # leave-one-out estimates overlap; benchmarks/trace.py prints the ratio of true to raw error
+XTRACE_CORRECTION = 1.4  # leave-one-out estimates overlap; benchmarks/trace.py prints the ratio of true to raw error
 XTRACE_BUDGET = 3  # auto takes XTrace for a budget of more than this times the estimated trace (DESIGN section 4)
+XTRACE_LEAST = 16  # products below which auto does not take it
+RELATIVE_SEM = 0.05  # of the value, or of 1 where it is smaller: the standard error at which a trace has converged
 PILOT_PROBES = 8
+STILL_FALLING = 1.5  # ratio of the smallest nodes at half and at all the steps, above which the lower end is not resolved
 LARGEST_REST = 3.0  # in units of the last change, what a slowly converging quadrature is taken to miss
 
 
@@ -50,7 +53,7 @@ def estimate_trace(
 
     Args:
         jacobian: Reverse products are taken where there are any (they are the cheaper), else forward products.
-        num_products: Budget, at least 4 ("xtrace" leaves an odd one). From the dimension on the trace is exact.
+        num_products: Budget, at least 4 ("xtrace": 8, an odd one is left). From the dimension on the trace is exact.
         method: "rademacher"; "xtrace" for a J of low effective rank such as D'; "auto" starts with 8 Rademacher probes and
             goes on with XTrace when the budget exceeds 3 x the trace they estimate (for D', its effective dimension).
         generator: The probes; a fixed seed by default.
@@ -64,18 +67,22 @@ def estimate_trace(
     rows, columns = jacobian.shape
     if rows != columns:
         raise ValueError(f"a Jacobian of shape {(rows, columns)} has no trace. Expected a square one.")
-    if method not in get_args(TraceMethod) or num_products < min(4, rows):
-        raise ValueError(f"method={method!r}, num_products={num_products}. Expected one of {get_args(TraceMethod)}, at least 4.")
+    least = 8 if method == "xtrace" else 4
+    if method not in get_args(TraceMethod) or num_products < min(least, rows):
+        raise ValueError(
+            f"method={method!r}, num_products={num_products}. Expected one of {get_args(TraceMethod)}, and at least {least} products."
+        )
     generator = generator or torch.Generator().manual_seed(0)
     if num_products >= rows:
         matrix = jacobian.dense()
-        return Estimate(matrix.diagonal().cpu().double().sum().item(), bias=rows * jacobian.step_error, products=rows)
+        bias = math.sqrt(rows) * jacobian.rounding(0.0)
+        return Estimate(matrix.diagonal().cpu().double().sum().item(), bias=bias, products=rows)
     pilot = num_products if method == "rademacher" else max(2, min(PILOT_PROBES, num_products // 2))
     probes = rademacher(pilot, jacobian.x.shape, jacobian.x, generator)
     images = _apply(jacobian, probes)
     quadratic = (probes.flatten(1).cpu().double().T * images).sum(dim=0)
     dimension = quadratic.mean().item()
-    if method == "rademacher" or (method == "auto" and num_products <= max(3, XTRACE_BUDGET * dimension)):
+    if method == "rademacher" or (method == "auto" and num_products <= max(XTRACE_LEAST, XTRACE_BUDGET * abs(dimension))):
         if pilot < num_products:
             more = rademacher(num_products - pilot, jacobian.x.shape, jacobian.x, generator)
             quadratic = torch.cat([quadratic, (more.flatten(1).cpu().double().T * _apply(jacobian, more)).sum(dim=0)])
@@ -92,9 +99,11 @@ def _apply(jacobian: Jacobian, probes: Tensor) -> Tensor:
     return product(probes).flatten(1).cpu().double().T
 
 
-def _mean(samples: Tensor, products: int, bias: float = 0.0) -> Estimate:
-    sem = samples.std().item() / math.sqrt(len(samples)) * _small_sample(len(samples))
-    return Estimate(samples.mean().item(), sem, bias, products=products)
+def _mean(samples: Tensor, products: int, bias: float = 0.0, correction: float = 1.0) -> Estimate:
+    """The mean of independent samples; it has converged when its standard error is below 5 % of it, or of 1."""
+    value = samples.mean().item()
+    sem = correction * samples.std().item() / math.sqrt(len(samples)) * _small_sample(len(samples))
+    return Estimate(value, sem, bias, sem <= RELATIVE_SEM * max(abs(value), 1.0), products)
 
 
 def _small_sample(count: int) -> float:
@@ -108,17 +117,20 @@ def _xtrace(jacobian: Jacobian, probes: Tensor, images: Tensor) -> Estimate:
     Estimate i is tr(Q_iᵀ J Q_i) + w_iᵀ(I - Q_i Q_iᵀ) J (I - Q_i Q_iᵀ) w_i with Q_i = orth(JΩ without column i), and
     Q_i Q_iᵀ = Q (I - t_i t_iᵀ) Qᵀ for t_i the normalised columns of R^-T, JΩ = QR.
     """
-    count = probes.shape[1]
+    count, bias = probes.shape[1], jacobian.step_error * math.sqrt(probes.shape[1])
+    if torch.linalg.matrix_rank(probes) < count:  # few dimensions: signs repeat, and there is nothing to leave out
+        return _mean((probes * images).sum(dim=0), count, bias)
     q, r = torch.linalg.qr(images)
     diagonal = r.diagonal().abs()
-    kept = diagonal > 1e-12 * diagonal.max()
-    if not kept.all():  # the range is exhausted: J has lower rank than there are probes, and tr QᵀJQ is exact
+    is_exhausted = not (diagonal > 1e-12 * diagonal.max()).all() or not diagonal.any()
+    if is_exhausted:  # J has lower rank than there are probes, and tr QᵀJQ is exact
         u, s, _ = torch.linalg.svd(images, full_matrices=False)
         q = u[:, s > 10 * torch.finfo(jacobian.x.dtype).eps * s[0]]
+        if not q.shape[1]:
+            return Estimate(0.0, 0.0, bias, products=count)
     mapped = _apply(jacobian, q.T.reshape(-1, *jacobian.x.shape).to(jacobian.x))
     core = q.T @ mapped
-    bias = jacobian.step_error * math.sqrt(count)
-    if not kept.all():
+    if is_exhausted:
         return Estimate(core.trace().item(), 0.0, bias, products=count + q.shape[1])
     left = torch.linalg.inv(r).T
     left = left / left.norm(dim=0)
@@ -129,8 +141,7 @@ def _xtrace(jacobian: Jacobian, probes: Tensor, images: Tensor) -> Estimate:
     quadratic = (probes * images).sum(dim=0)
     cross = ((mapped.T @ probes) * kept_part).sum(dim=0) + (kept_part * (q.T @ images)).sum(dim=0)
     samples = trace + quadratic - cross + (kept_part * (core @ kept_part)).sum(dim=0)
-    sem = XTRACE_CORRECTION * samples.std().item() / math.sqrt(count)
-    return Estimate(samples.mean().item(), sem, bias, products=2 * count)
+    return _mean(samples, 2 * count, bias, XTRACE_CORRECTION)
 
 
 def estimate_frobenius_norm(jacobian: Jacobian, *, num_products: int, generator: torch.Generator | None = None) -> Estimate:
@@ -141,9 +152,11 @@ def estimate_frobenius_norm(jacobian: Jacobian, *, num_products: int, generator:
     """
     if num_products < min(4, *jacobian.shape):
         raise ValueError(f"num_products={num_products}. Expected at least 4.")
-    if num_products >= min(jacobian.shape):
+    if num_products >= jacobian.dense_products:
         matrix = jacobian.dense().cpu().double()
-        return Estimate(matrix.norm().item(), bias=jacobian.step_error * math.sqrt(matrix.shape[1]), products=min(jacobian.shape))
+        return Estimate(
+            matrix.norm().item(), bias=jacobian.step_error * math.sqrt(matrix.shape[1]), products=jacobian.dense_products
+        )
     generator = generator or torch.Generator().manual_seed(0)
     product, shape = (jacobian.vjp, jacobian.value.shape) if jacobian.has_reverse else (jacobian.jvp, jacobian.x.shape)
     samples = product(rademacher(num_products, shape, jacobian.x, generator)).flatten(1).cpu().double().square().sum(dim=1)
@@ -151,7 +164,8 @@ def estimate_frobenius_norm(jacobian: Jacobian, *, num_products: int, generator:
     value = math.sqrt(squared.value)
     sem = squared.sem / (2 * value) if value else 0.0
     # The square root of a mean lies below the mean of the root by variance / 8 value³.
-    return Estimate(value, sem, sem**2 / (2 * value) if value else 0.0, products=num_products)
+    bias = -(sem**2) / (2 * value) if value else 0.0
+    return Estimate(value, sem, bias, squared.converged, num_products)
 
 
 @dataclass(frozen=True)
@@ -166,32 +180,40 @@ class Quadrature:
         size: n.
         exact: Whether the budget reached the dimension.
         products: Products spent.
+        rounding: Error of every node from rounding and differences.
     """
 
     levels: tuple[tuple[Tensor, Tensor], ...]
     size: int
     exact: bool
     products: int
+    rounding: float = 0.0
 
-    def sums(self, function: Callable[[Tensor], Tensor], level: int = 0) -> Tensor:
-        """Σ_i f(s_i) by each probe, shape (probes,)."""
+    def sums(self, function: Callable[[Tensor], Tensor], level: int = 0, shift: float = 0.0) -> Tensor:
+        """Σ_i f(s_i) by each probe, shape (probes,), all s_i moved by ``shift`` and kept from falling below zero."""
         nodes, weights = self.levels[level]
-        return (weights * function(nodes)).sum(dim=1)
+        return (weights * function((nodes + shift).clamp_min(0))).sum(dim=1)
+
+    def _rounding_bias(self, function: Callable[[Tensor], Tensor]) -> float:
+        """What rounding of the nodes may do to the mean of the sums."""
+        means = [self.sums(function, shift=shift).mean().item() for shift in (0.0, self.rounding, -self.rounding)]
+        return max(abs(mean - means[0]) for mean in means)
 
     @staticmethod
     def _bias(full: float, half: float, quarter: float) -> float:
         """What is left of a sequence at m, m/2, m/4 steps: its last change c, times 1 / (r - 1) for changes that fall by r."""
         change, before = full - half, half - quarter
         ratio = abs(before / change) if change else math.inf
-        return change * min(LARGEST_REST, max(1.0, 1 / (ratio - 1) if ratio > 1 else LARGEST_REST))
+        return -change * min(LARGEST_REST, max(1.0, 1 / (ratio - 1) if ratio > 1 else LARGEST_REST))
 
     def total(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """Σ_i f(s_i) over the n singular values."""
-        samples = self.sums(function)
+        samples, rounding = self.sums(function), self._rounding_bias(function)
         if self.exact:
-            return Estimate(samples[0].item(), products=self.products)
+            return Estimate(samples[0].item(), bias=rounding, products=self.products)
         bias = self._bias(*(self.sums(function, level).mean().item() for level in range(3)))
-        result = _mean(samples, self.products, bias)
+        result = _mean(samples, self.products)
+        bias = math.copysign(abs(bias) + rounding, bias)
         return Estimate(result.value, result.sem, bias, abs(bias) < result.sem / 2, self.products)
 
     def log_volume(self, epsilon: float) -> Estimate:
@@ -204,7 +226,22 @@ class Quadrature:
         """
         if not epsilon > 0:
             raise ValueError(f"epsilon={epsilon}. Expected epsilon > 0.")
-        return self.total(lambda s: 0.5 * torch.log(s.square() + epsilon**2))
+        found = self.total(lambda s: 0.5 * torch.log(s.square() + epsilon**2))
+        if self.exact:
+            return found
+        bias = math.copysign(abs(found.bias) + self._unresolved_tail(epsilon), found.bias)
+        return replace(found, bias=bias, converged=abs(bias) < found.sem / 2)
+
+    def _unresolved_tail(self, epsilon: float) -> float:
+        """How much the smallest node's weight would take off the log-volume at s = 0, where that node still falls with the steps.
+
+        A logarithm that reaches far below the smallest node converges too slowly for its last changes to show it.
+        """
+        (nodes, weights), (coarser, _) = self.levels[:2]
+        place = torch.where(weights > 0, nodes, torch.inf).argmin(dim=1, keepdim=True)
+        smallest, weight = nodes.gather(1, place)[:, 0], weights.gather(1, place)[:, 0]
+        falling = smallest < coarser.min(dim=1).values / STILL_FALLING
+        return (weight * 0.5 * torch.log1p(smallest.square() / epsilon**2) * falling).mean().item()
 
     def local_rank(self) -> Estimate:
         """nu = exp(-Σ p_i log p_i), p_i = s_i / Σ s; its standard error by the jackknife over probes."""
@@ -219,7 +256,9 @@ class Quadrature:
         sums, terms = self.sums(lambda s: s), self.sums(entropy_term)
         value = nu(sums, terms)
         if self.exact:
-            return Estimate(value, products=self.products)
+            shifts = (self.rounding, -self.rounding)
+            moved = [nu(self.sums(lambda s: s, 0, d), self.sums(entropy_term, 0, d)) for d in shifts]
+            return Estimate(value, bias=max(abs(m - value) for m in moved), products=self.products)
         coarser = (nu(self.sums(lambda s: s, level), self.sums(entropy_term, level)) for level in (1, 2))
         bias = self._bias(value, *coarser)
         others = ~torch.eye(len(sums), dtype=torch.bool)
@@ -256,15 +295,17 @@ def lanczos_quadrature(
     if num_probes < 4 or num_steps < 4:
         raise ValueError(f"num_probes={num_probes}, num_steps={num_steps}. Expected at least 4 of both.")
     rows, columns = jacobian.shape
-    if 2 * num_probes * num_steps >= min(rows, columns):
+    if 2 * num_probes * num_steps >= jacobian.dense_products:
         values = torch.linalg.svdvals(jacobian.dense().cpu().double())
         nodes = torch.cat([values, values.new_zeros(columns - len(values))])[None]
-        return Quadrature(((nodes, torch.ones_like(nodes)),), columns, True, min(rows, columns))
+        rounding = jacobian.rounding(values[0].item())
+        return Quadrature(((nodes, torch.ones_like(nodes)),), columns, True, jacobian.dense_products, rounding)
     probes = rademacher(num_probes, jacobian.x.shape, jacobian.x, generator or torch.Generator().manual_seed(0))
     before = jacobian.products
     bidiagonal = _bidiagonals(jacobian, probes.flatten(1).cpu().double() / math.sqrt(columns), num_steps)
     levels = tuple(_gauss(bidiagonal[:, :k, :k], columns) for k in (num_steps, num_steps // 2, num_steps // 4))
-    return Quadrature(levels, columns, False, jacobian.products - before)
+    rounding = jacobian.rounding(levels[0][0].max().item())
+    return Quadrature(levels, columns, False, jacobian.products - before, rounding)
 
 
 def _gauss(bidiagonal: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -60,8 +60,10 @@ def test_prescribed_spectra(name, size, block_size):
     assert (error <= found.bounds + 1e-7 * truth[0]).all()
     assert (found.errors <= found.bounds).all()
     assert found.converged.all()
-    assert found.details["stopped"] == ("exhausted" if name == "rank 10" else "converged")
-    assert found.products == jacobian.products < 2 * size
+    # A block of 1 or 2 must start over for every copy of a value, which may cost it the whole space.
+    assert found.details["stopped"] == "converged" or name == "rank 10" or block_size < 4
+    assert found.products == jacobian.products <= 2 * size
+    assert found.products < 2 * size or block_size < 4
     u, v, kept = found.left, found.right, found.singular_values[: found.left.shape[1]]
     eye = torch.eye(len(kept), dtype=torch.float64)
     assert (u.T @ u - eye).abs().max() < 1e-10
@@ -78,6 +80,48 @@ def test_large_prescribed_spectra(name, size):
     found = golub_kahan_spectrum(prescribed(truth, seed=size)[0], 16)
     assert ((found.singular_values - truth[:16]).abs() <= 1e-3 * truth[:16]).all()
     assert found.products <= size / 3
+
+
+@pytest.mark.parametrize("multiplicity", [3, 5, 6, 7])
+@pytest.mark.parametrize("block_size", [2, 4])
+def test_every_copy_of_a_repeated_value_is_found(multiplicity, block_size):
+    """More copies than starting directions, and not a multiple of them: a Krylov space shows a few and looks converged."""
+    i = torch.arange(256)
+    levels = [torch.tensor(v).double() for v in (2.0, 1.9, 1.8)]
+    truth = 0.5 * 0.97 ** i.double()
+    for level, value in enumerate(levels):
+        truth[level * multiplicity : (level + 1) * multiplicity] = value
+    truth = truth.sort(descending=True).values
+    for seed in range(3):
+        for count in (6, 8, 12, 16):
+            found = golub_kahan_spectrum(prescribed(truth, seed=seed)[0], count, block_size=block_size, generator=seeded(seed))
+            error = (found.singular_values - truth[:count]).abs()
+            assert (error <= found.bounds + 1e-6).all(), (seed, count)
+            assert (error <= 1e-3 * truth[:count]).all(), (seed, count)
+            assert found.converged.all()
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 1.0])
+@pytest.mark.parametrize("count", [4, 16])
+def test_a_plateau_of_close_values_is_resolved_before_it_is_believed(sigma, count):
+    variances = torch.linspace(4, 1, 40).double()
+    exact = LinearManifoldDenoiser(orthogonal(1024, 40, 1), variances).at(1.0, sigma)
+    truth = variances / (variances + sigma**2)
+    found = golub_kahan_spectrum(exact.jacobian(torch.randn(1024, generator=seeded(2)).double()), count)
+    error = (found.singular_values - truth[:count]).abs()
+    assert (error <= 1e-3 * truth[:count]).all()
+    assert (error <= found.bounds).all()
+    assert (error <= found.errors + 1e-12).all()
+
+
+def test_a_spent_budget_claims_nothing_that_may_be_wrong():
+    truth = spectra(256)["two clusters"]
+    for block_size, count, budget in ((1, 3, 6), (4, 16, 32), (4, 16, 48), (2, 12, 40)):
+        found = golub_kahan_spectrum(prescribed(truth)[0], count, max_products=budget, block_size=block_size)
+        error = (found.singular_values - truth[:count]).abs()
+        assert found.products <= budget
+        assert (error <= found.bounds + 1e-6).all()
+        assert (error[found.converged] <= 1e-3 * truth[:count][found.converged]).all()
 
 
 def test_a_million_fold_range_in_float64():
@@ -111,8 +155,7 @@ def test_the_budget_is_kept_and_what_it_leaves_is_said():
     assert not found.converged.all()
     error = (found.singular_values - truth[:16]).abs()
     assert error.max() > 1e-3
-    nearest = (found.singular_values[:, None] - truth).abs().min(dim=1).values
-    assert (nearest <= found.bounds).all()  # some value of J lies there, though not the one that was wanted
+    assert (error <= found.bounds).all()
     psi = local_scaling(found, rank=16)
     assert not psi.converged
     assert psi.bias > 0
@@ -185,8 +228,8 @@ def test_a_rerun_is_the_same_run_and_a_seed_another():
 
 
 def test_memory_is_what_the_bases_take():
-    assert golub_kahan_memory((16384, 16384), 300) == 8 * 158 * (2 * 16384 + 2 * 158)
-    assert golub_kahan_memory((10, 10), 1000) == 8 * 10 * (20 + 20)
+    assert golub_kahan_memory((16384, 16384), 300) == 12 * 158 * (2 * 16384 + 2 * 158)
+    assert golub_kahan_memory((10, 10), 1000) == 12 * 10 * (20 + 20)
 
 
 @pytest.mark.parametrize("name", NAMES)
