@@ -149,8 +149,8 @@ def projected_local_scaling(
     rounding = jacobian.rounding(values[0].item())
     if not values[-1] > rounding:
         raise ValueError(
-            f"rank={rank}, but the projection has only {int((values > rounding).sum())} singular values above rounding. Expected the "
-            "rank of the Jacobian."
+            f"rank={rank}, but only {int((values > rounding).sum())} singular values of the projection stand above rounding. "
+            "Expected the rank of the Jacobian."
         )
     shape = torch.arange(rank, dtype=torch.float64)
     shift, variance = _log_moments((num_products - shape) / 2)

@@ -189,8 +189,16 @@ def randomized_spectrum(
     values = torch.linalg.svdvals(rows)[:num_singular_values]
     missed = images[:, count:] - basis @ (basis.T @ images[:, count:])
     bound = 10 * math.sqrt(2 / math.pi) * missed.norm(dim=0).max().item()
-    bounds = torch.full_like(values, bound + jacobian.rounding(values[0].item()))
+    rounding = jacobian.rounding(values[0].item())
+    bounds = torch.full_like(values, bound + rounding)
     return Spectrum(
-        values, jacobian.shape, "randomized", jacobian.products - before, complete=len(values) == limit, bounds=bounds,
-        floor=jacobian.rounding(values[0].item()), converged=bounds <= tol * values, details={"k": num_singular_values, "num_oversamples": num_oversamples, "bias": -bound},
-    )  # fmt: skip
+        values,
+        jacobian.shape,
+        "randomized",
+        jacobian.products - before,
+        complete=len(values) == limit,
+        bounds=bounds,
+        floor=rounding,
+        converged=bounds <= tol * values,
+        details={"num_singular_values": num_singular_values, "num_oversamples": num_oversamples, "bias": -bound},
+    )

@@ -70,7 +70,7 @@ def estimate_trace(
     least = 8 if method == "xtrace" else 4
     if method not in get_args(TraceMethod) or num_products < min(least, rows):
         raise ValueError(
-            f"method={method!r}, num_products={num_products}. Expected one of {get_args(TraceMethod)}, and at least {least} products."
+            f"method={method!r}, num_products={num_products}. Expected one of {get_args(TraceMethod)}, at least {least} products."
         )
     generator = generator or torch.Generator().manual_seed(0)
     if num_products >= rows:
@@ -294,7 +294,7 @@ def lanczos_quadrature(
     """
     if num_probes < 4 or num_steps < 4:
         raise ValueError(f"num_probes={num_probes}, num_steps={num_steps}. Expected at least 4 of both.")
-    rows, columns = jacobian.shape
+    columns = jacobian.shape[1]
     if 2 * num_probes * num_steps >= jacobian.dense_products:
         values = torch.linalg.svdvals(jacobian.dense().cpu().double())
         nodes = torch.cat([values, values.new_zeros(columns - len(values))])[None]

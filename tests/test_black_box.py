@@ -9,6 +9,7 @@ from torch import nn
 from diffusers_geometry import Denoiser, Jacobian, estimate_trace, golub_kahan_spectrum, record, with_geometry
 from diffusers_geometry.dimension import flipd
 from diffusers_geometry.exact import LinearManifoldDenoiser, MixtureDenoiser
+from diffusers_geometry.plan import STEP_PRODUCTS
 from diffusers_geometry.selfcheck import exact_network
 from diffusers_geometry.spectrum import dense_spectrum
 
@@ -57,7 +58,8 @@ def test_products_of_a_black_box(sigma):
     assert error < 2e-3 * truth.norm()
     assert error < 4 * jacobian.step_error
     assert jacobian.backend == "difference"
-    assert jacobian.products > 16  # the choice of the step is counted
+    assert jacobian.products == 16
+    assert 0 < jacobian.step_products <= STEP_PRODUCTS
     v = 7 * randn(3, 16, seed=4)
     torch.testing.assert_close(jacobian.jvp(v).double(), v.double() @ truth.T, rtol=5e-3, atol=5e-3)
     found = dense_spectrum(denoiser.jacobian(x, derivative="difference"))

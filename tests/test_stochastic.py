@@ -68,7 +68,7 @@ def test_xtrace_is_the_mean_of_its_leave_one_out_estimates(symmetric):
         samples.append((torch.trace(q.T @ transposed @ q) + rest @ transposed @ rest).item())
     found = _xtrace(matrix_jacobian(matrix), probes, transposed @ probes)
     assert found.value == pytest.approx(np.mean(samples), rel=1e-10)
-    assert found.sem == pytest.approx(1.5 * np.std(samples, ddof=1) / math.sqrt(6), rel=1e-10)
+    assert found.sem == pytest.approx(1.4 * math.sqrt(5 / 3) * np.std(samples, ddof=1) / math.sqrt(6), rel=1e-10)
 
 
 @pytest.mark.parametrize("method", ["rademacher", "xtrace"])
