@@ -142,7 +142,10 @@ plan_geometry.__signature__ = inspect.signature(analyze_geometry).replace(return
 
 def _refuse_early(request: dict[str, Any], settings: dict[str, Any], sample: Tensor) -> None:
     """Refuses at the first step, by the sample's size, what could only fail after the whole generation."""
-    plan_probe(sample[0].numel(), max_memory=settings["max_probe_memory"], **request)
+    plan = plan_probe(sample[0].numel(), max_memory=settings["max_probe_memory"], **request)
+    in_hand = plan.num_singular_values if plan.method in ("golub_kahan", "randomized") else plan.size
+    if settings["psi_rank"] is not None and settings["psi_rank"] > in_hand:
+        raise ValueError(f"psi_rank={settings['psi_rank']}. Expected at most {in_hand}, the singular values in hand.")
 
 
 def _probe_batch(probe: Probe, step: RecordedStep, final: Tensor, settings: dict[str, Any]) -> list[PointGeometry]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,14 @@ class ProductCosts:
     @property
     def _single(self) -> float:
         return self.forward if self.reverse is None else self.reverse
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that are free; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def measure_costs(plan: ProbePlan, denoiser: Denoiser, x_t: Tensor) -> ProductCosts:

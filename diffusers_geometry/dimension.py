@@ -60,7 +60,7 @@ def gap_dim(spectrum: Spectrum) -> Estimate:
 def normal_bundle_dim(spectrum: Spectrum) -> Estimate:
     """n minus the number of singular values before the largest drop, for a score, whose large values are normal directions.
 
-    Needs more values than normal directions: with fewer, the drop is not among them.
+    Needs more values than normal directions: with fewer, the drop is not among them, and the number has not converged.
     """
 
     def tangent(values: Tensor) -> float:
@@ -68,7 +68,9 @@ def normal_bundle_dim(spectrum: Spectrum) -> Estimate:
             raise ValueError(f"{len(values)} singular values. Expected at least 2 to find a drop.")
         return float(spectrum.shape[1] - ((values[:-1] - values[1:]).argmax() + 1))
 
-    return spectrum.estimate(tangent)
+    found, values = spectrum.estimate(tangent), spectrum.singular_values
+    certain = spectrum.complete or bool((values[:-1] - values[1:]).max() >= values[-1])
+    return replace(found, converged=found.converged and certain)
 
 
 def effective_dimension(spectrum: Spectrum) -> Estimate:

@@ -13,7 +13,8 @@ class Estimate:
     Attributes:
         value: The number.
         sem: Standard error of the mean of its random part; 0 for exact numbers, None where it is not known.
-        bias: Estimate or bound of the systematic part, in the same unit; None where it is not known.
+        bias: Estimate or bound of the systematic part in the same unit, value minus truth where its sign is known; None where it
+            is not known.
         converged: Whether the method met its own tolerance; exact numbers have.
         products: Jacobian products spent on it.
     """

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .capture import RecordedEnough, record, resolve_steps
-from .costs import ProductCosts, measure_costs
+from .costs import ProductCosts, available_memory, measure_costs
 from .golub_kahan import golub_kahan_memory
 from .precision import to_float32
 from .probe import ProbePlan
@@ -100,10 +100,12 @@ def plan_probe(
 ) -> ProbePlan:
     """The plan for samples of ``size`` numbers, from dimensions, product counts and bytes alone.
 
+    ``max_products`` limits the products; the differences by which a step is chosen come on top and are in the plan.
+
     Raises:
         ValueError: a budget that the method (or with "auto" any method) cannot meet; it says what can.
     """
-    wanted = num_singular_values or NUM_SINGULAR_VALUES
+    wanted = num_singular_values or min(NUM_SINGULAR_VALUES, size)
     if wanted > size:
         raise ValueError(f"num_singular_values={wanted}. Expected at most {size}, the numbers of one sample.")
     # Of all d values the quadrature is a sum; else it takes its own products, or a dense Jacobian where that is cheaper.
@@ -117,10 +119,15 @@ def plan_probe(
         "log_volume_steps": log_volume_steps, "tol": tol, "block_size": min(block_size, size), "chunk_size": chunk_size,
         "derivative": derivative, "symmetric": symmetric, "centred": centred, **fixed,
     }  # fmt: skip
-    step = STEP_PRODUCTS if derivative == "difference" else 0
+    # A black box chooses a step for every map that is differentiated; that comes on top of max_products.
+    others = (quadrature > 0) + flipd
+    step = STEP_PRODUCTS * (maps + others) if derivative == "difference" else 0
+    # Of the quadrature: a matrix where its budget reaches the dimension, else two bases a probe, twice while they grow.
+    bases = 0 if not quadrature else min(36 * size**2, 24 * size * log_volume_probes * log_volume_steps)
 
     def dense() -> ProbePlan:
-        sizes = {"spectrum_products": size, "step_products": step, "memory": 36 * size**2 * maps}
+        taken = step and STEP_PRODUCTS * (1 + flipd)
+        sizes = {"spectrum_products": size, "step_products": taken, "memory": 36 * size**2 * maps}
         return ProbePlan("dense", num_singular_values=num_singular_values, **sizes, **shared)
 
     def largest(name: str) -> ProbePlan:
@@ -130,13 +137,14 @@ def plan_probe(
         if name == "randomized":
             spent = 2 * wanted + RANDOMIZED_EXTRA
         elif max_products is None:
-            spent = max(least, PRODUCTS_PER_VALUE * wanted)
+            spent = max(least, min(PRODUCTS_PER_VALUE * wanted, 2 * size))
         else:
-            spent = min((max_products - trace - quadrature - fixed["flipd_products"]) // maps, 4 * size)
+            spent = min((max_products - trace - quadrature - fixed["flipd_products"]) // maps, 2 * size)
+        memory = golub_kahan_memory((size, size), max(spent, least), shared["block_size"])
         sizes = {
             "spectrum_products": spent, "denoised_products": spent * (maps - 1), "trace_products": trace,
             "log_volume_products": quadrature, "step_products": step,
-            "memory": golub_kahan_memory((size, size), max(spent, least), shared["block_size"]),
+            "memory": bases + (memory if name == "golub_kahan" else 32 * size * (wanted + RANDOMIZED_EXTRA)),
         }  # fmt: skip
         return ProbePlan(name, num_singular_values=wanted, **sizes, **shared)
 
@@ -146,9 +154,10 @@ def plan_probe(
         if max_products is not None:
             count = max_products - quadrature - fixed["flipd_products"]
         complete = name == "central_difference" and count >= size
+        own = STEP_PRODUCTS if name == "central_difference" else 0
         sizes = {
-            "spectrum_products": size if complete else count, "memory": 32 * count * size * maps,
-            "step_products": STEP_PRODUCTS if name == "central_difference" else 0,
+            "spectrum_products": size if complete else count, "memory": 32 * count * size * maps + (0 if complete else bases),
+            "step_products": own + (STEP_PRODUCTS * others if derivative == "difference" else 0),
             "log_volume_products": 0 if complete else quadrature,
         }  # fmt: skip
         return ProbePlan(name, num_singular_values=num_singular_values, **sizes, **shared)
@@ -158,10 +167,6 @@ def plan_probe(
             f"spectrum={method!r} needs reverse products, which a black box (derivative='difference') does not have. Expected "
             "spectrum='central_difference', or symmetric=True where you know that the Jacobian is symmetric."
         )
-    if quadrature and not reverse and size > AUTO_DENSE:
-        raise ValueError(
-            "log_volume_epsilon needs reverse products. Expected symmetric=True where you know that, or no log-volume."
-        )
     makers = {"dense": dense} | {name: functools.partial(largest, name) for name in ("golub_kahan", "randomized")}
     makers |= {name: functools.partial(values, name) for name in ("perturbation", "central_difference")}
     if method != "auto":
@@ -170,10 +175,22 @@ def plan_probe(
         few = size <= PRODUCTS_PER_VALUE * wanted if num_singular_values else size <= AUTO_DENSE
         order = ["dense", "golub_kahan"] if few else ["golub_kahan", "dense"]
         candidates = [makers[name]() for name in order if reverse or name == "dense"]
-    return _first_that_fits(candidates, max_products, max_memory, step)
+    plan = _first_that_fits(candidates, max_products, max_memory)
+    if 0 < plan.log_volume_products < size and not reverse:
+        raise ValueError(
+            "log_volume_epsilon by quadrature needs reverse products, which a black box does not have. Expected spectrum='dense', "
+            "symmetric=True where you know that, or no log-volume."
+        )
+    available = available_memory()
+    if available is not None and plan.memory > available:
+        raise ValueError(
+            f"{plan.method} needs {_bytes(plan.memory)} for its matrices and bases; {_bytes(available)} are free. Expected fewer "
+            "singular values, a smaller max_products, or spectrum='golub_kahan' instead of a matrix."
+        )
+    return plan
 
 
-def _first_that_fits(candidates: list[ProbePlan], max_products: int | None, max_memory: int | None, step: int) -> ProbePlan:
+def _first_that_fits(candidates: list[ProbePlan], max_products: int | None, max_memory: int | None) -> ProbePlan:
     """The first plan within the limits; ValueError that says what each would need."""
     needs = []
     for plan in candidates:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, get_args
@@ -32,17 +33,7 @@ def probe_request(settings: dict[str, Any]) -> dict[str, Any]:
 def checked_settings(arguments: dict[str, Any]) -> dict[str, Any]:
     """The analysis's own arguments as plain Python values, refused here when they are out of range."""
     settings = {k: v for k, v in arguments.items() if k not in ("pipe", "args", "kwargs", "progress")}
-    steps = settings["record_steps"]
-    if isinstance(steps, np.ndarray):
-        steps = steps.tolist()
-    if not isinstance(steps, str):
-        steps = (
-            [_integer(s, "record_steps", None) for s in steps]
-            if isinstance(steps, (Sequence, range))
-            else _integer(steps, "record_steps", None)
-        )
-    check_steps(steps)
-    settings["record_steps"] = steps
+    settings["record_steps"] = _steps(settings["record_steps"])
     choices = {"spectrum": METHODS, "of": MAPS, "branch": get_args(Branch), "derivative": get_args(Derivative),
                "probe_engine": get_args(Engine)}  # fmt: skip
     for name, allowed in choices.items():
@@ -68,8 +59,8 @@ def _check_ranges(settings: dict[str, Any]) -> None:
     if not 0 < tolerance < 1:
         raise ValueError(f"probe_tolerance={tolerance}. Expected 0 < probe_tolerance < 1.")
     for name in ("log_volume_epsilon", "max_probe_seconds"):
-        if settings[name] is not None and not settings[name] > 0:
-            raise ValueError(f"{name}={settings[name]}. Expected a positive number or None.")
+        if settings[name] is not None and not (0 < settings[name] < math.inf):
+            raise ValueError(f"{name}={settings[name]}. Expected a positive finite number or None.")
     if min(settings["log_volume_probes"], settings["log_volume_steps"]) < 4:
         sizes = ", ".join(f"{name}={settings[name]}" for name in ("log_volume_probes", "log_volume_steps"))
         raise ValueError(f"{sizes}. Expected at least 4 of both.")

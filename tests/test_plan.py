@@ -1,5 +1,6 @@
 """Plans: the method follows from dimensions, products and limits; what cannot be met says what can; and plans are kept."""
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -40,7 +41,28 @@ def test_auto_decides_by_dimensions_and_counts(size, request_, method):
     plan = plan_probe(size, **request_)
     assert plan.method == method
     budget = request_.get("max_products")
-    assert budget is None or plan.products <= budget
+    assert budget is None or plan.products - plan.step_products <= budget
+
+
+def test_what_does_not_fit_this_machine_is_refused():
+    with pytest.raises(ValueError, match=r"golub_kahan needs .* GiB for its matrices and bases; .* are free"):
+        plan_probe(2**31, method="golub_kahan")
+
+
+def test_small_samples_have_plans():
+    """A point in the plane has two numbers; nobody asked for 16 singular values."""
+    for method in ("auto", "dense", "golub_kahan", "perturbation", "central_difference"):
+        assert plan_probe(2, method=method).products > 0
+    with pytest.raises(ValueError, match="num_singular_values=3. Expected at most 2"):
+        plan_probe(2, num_singular_values=3)
+
+
+def test_the_bases_of_the_quadrature_count():
+    without, with_ = plan_probe(10**5), plan_probe(10**5, log_volume_epsilon=0.1)
+    assert with_.memory - without.memory >= 8 * 2 * 16 * 30 * 10**5
+    with pytest.raises(ValueError, match="log_volume_epsilon by quadrature needs reverse products"):
+        plan_probe(4096, method="perturbation", log_volume_epsilon=0.1, derivative="difference")
+    assert plan_probe(2048, method="dense", log_volume_epsilon=0.1, derivative="difference").log_volume_products == 0
 
 
 def test_memory_chooses_and_refuses():
@@ -179,6 +201,21 @@ def digits():
     pipe = GeometryDDPMPipeline.from_pretrained(DIGITS)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.mark.parametrize("method", ["golub_kahan", "randomized"])
+def test_pure_noise_by_products(method):
+    """Zero-terminal SNR: D' = 0 at the first step, and every number is zero instead of a crash."""
+    scheduler = diffusers.DDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+    )
+    pipe = with_geometry(ddpm_pipeline(scheduler))
+    options = {"record_steps": [0], "spectrum": method, "num_singular_values": 4, "progress": False, "flipd": True}
+    step = pipe.analyze_geometry(**pixel_call(generator=seeded()), **options).steps[0]
+    assert step.alpha_t == 0
+    assert step.singular_values.tolist() == [[0, 0, 0, 0]]
+    assert (step.effective_dimension.value[0], step.local_rank.value[0], step.flipd.value[0]) == (0, 0, 0)
+    assert step.phase[0] == "trivial"
 
 
 @pytest.mark.slow

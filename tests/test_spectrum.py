@@ -1,6 +1,7 @@
 """Spectra by all three methods, and the descriptors and dimensions read from them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -291,3 +292,12 @@ def test_an_estimate_prints_its_error():
     assert str(Estimate(1.5)) == "1.5"
     assert str(Estimate(1.5, sem=0.25)) == "1.5 ± 0.25"
     assert str(Estimate(1.5, sem=None)) == "1.5 (error unknown)"
+
+
+def test_a_normal_bundle_that_is_cut_off_has_not_converged():
+    """A score has d - m equal large values: from the largest few its dimension cannot be read."""
+    exact = LinearManifoldDenoiser(torch.linalg.qr(randn(40, 5).double())[0]).at(1.0, 0.3)
+    score = dense_spectrum(exact.jacobian(torch.zeros(40).double(), "score"))
+    assert (normal_bundle_dim(score).value, normal_bundle_dim(score).converged) == (5, True)
+    cut = replace(score, singular_values=score.singular_values[:16], bounds=None, complete=False)
+    assert not normal_bundle_dim(cut).converged

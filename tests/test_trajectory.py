@@ -210,7 +210,10 @@ def test_latent_pipeline_with_guidance():
         ({"record_steps": 2.5}, "record_steps=2.5. Expected an integer"),
         ({"record_steps": None}, "record_steps=None. Expected an integer"),
         ({"num_singular_values": 65}, "num_singular_values=65. Expected at most 64"),
-        ({"log_volume_epsilon": 0}, "log_volume_epsilon=0.0. Expected a positive number"),
+        ({"log_volume_epsilon": 0}, "log_volume_epsilon=0.0. Expected a positive finite number"),
+        ({"log_volume_epsilon": np.inf}, "log_volume_epsilon=inf"),
+        ({"max_probe_seconds": np.inf}, "max_probe_seconds=inf"),
+        ({"spectrum": "golub_kahan", "psi_rank": 17}, "psi_rank=17. Expected at most 16"),
         ({"log_volume_probes": 3}, "log_volume_probes=3, log_volume_steps=30. Expected at least 4 of both"),
         ({"derivative": "guess"}, "derivative='guess'. Expected one of"),
         ({"derivative": "difference", "spectrum": "golub_kahan"}, "needs reverse products, which a black box"),
@@ -220,7 +223,7 @@ def test_latent_pipeline_with_guidance():
         ({"phase_resolution": 0.7}, "phase_resolution=0.7"),
         ({"branch": "unconditional"}, "branch='unconditional'"),
         ({"probe_engine": "magic"}, "engine='magic'. Expected one of"),
-        ({"psi_rank": 65}, "rank=65. Expected 1 <= rank <= 64"),
+        ({"psi_rank": 65}, "psi_rank=65. Expected at most 64"),
     ],
 )
 def test_senseless_arguments_are_refused(options, message):
