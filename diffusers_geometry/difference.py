@@ -45,8 +45,11 @@ class CountedMap:
         return self.fn(points)
 
 
-def evaluate(fn: BatchedMap, points: Tensor, chunk_size: int) -> Tensor:
-    """``fn`` on a stack (K, *dims) in chunks, without gradients, flat and finite: (K, out); chunks shrink with memory."""
+def evaluate(fn: BatchedMap, points: Tensor, chunk_size: int, *, shrink: bool = True) -> Tensor:
+    """``fn`` on a stack (K, *dims) in chunks, without gradients, flat and finite: (K, out).
+
+    Chunks that run out of memory are halved, unless ``shrink`` is off and the caller wants to know.
+    """
     values, start = [], 0
     while start < len(points):
         chunk = points[start : start + chunk_size]
@@ -54,6 +57,8 @@ def evaluate(fn: BatchedMap, points: Tensor, chunk_size: int) -> Tensor:
             with torch.no_grad():
                 values.append(fn(chunk).flatten(1))
         except RuntimeError as error:
+            if not shrink:
+                raise
             chunk_size = smaller_chunk(error, len(chunk))
             continue
         start += len(chunk)
@@ -87,11 +92,11 @@ def orthonormal_directions(shape: torch.Size, count: int, like: Tensor, generato
 
 
 def central_difference_columns(
-    fn: BatchedMap, x: Tensor, directions: Tensor, step: float, *, chunk_size: int = 32
+    fn: BatchedMap, x: Tensor, directions: Tensor, step: float, *, chunk_size: int = 32, shrink: bool = True
 ) -> tuple[Tensor, Tensor]:
     """(f(x + h v) - f(x - h v)) / 2h as rows (K, out), and the directions (K, n) that floating point really took."""
     ahead, behind = x + step * directions, x - step * directions
-    values = evaluate(fn, torch.stack([ahead, behind], dim=1).flatten(0, 1), chunk_size)
+    values = evaluate(fn, torch.stack([ahead, behind], dim=1).flatten(0, 1), chunk_size, shrink=shrink)
     realised = (ahead - behind).flatten(1) / (2 * step)
     return (values[0::2] - values[1::2]) / (2 * step), realised
 

@@ -296,7 +296,8 @@ class Jacobian:
             self.step_products = counted.evaluations // 2
         lengths = stack.flatten(1).norm(dim=1).reshape(-1, *[1] * self.x.ndim)
         directions = stack / lengths.clamp_min(torch.finfo(stack.dtype).tiny)
-        columns, _ = central_difference_columns(batched, self.x, directions, self.step, chunk_size=self.chunk_size)
+        options = {"chunk_size": self.chunk_size, "shrink": False}  # _in_chunks shrinks, and remembers
+        columns, _ = central_difference_columns(batched, self.x, directions, self.step, **options)
         return columns.reshape(len(stack), *self.value.shape) * lengths.reshape(-1, *[1] * self.value.ndim)
 
 

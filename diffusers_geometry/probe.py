@@ -18,8 +18,9 @@ from .estimate import Estimate
 from .function_values import central_difference_spectrum, perturbation_columns, perturbation_spectrum
 from .golub_kahan import golub_kahan_spectrum
 from .jacobian import Derivative, Jacobian
+from .quadrature import lanczos_quadrature
 from .spectrum import Spectrum, matrix_spectrum, randomized_spectrum
-from .stochastic import estimate_trace, lanczos_quadrature
+from .stochastic import estimate_trace
 
 
 @dataclass(frozen=True)

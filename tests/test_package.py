@@ -22,6 +22,7 @@ NUMERICAL = [
     "golub_kahan",
     "function_values",
     "stochastic",
+    "quadrature",
     "descriptors",
     "dimension",
     "probe",

@@ -9,10 +9,11 @@ from tiny import ddpm_pipeline, pixel_call, sd_call, sd_pipeline
 from diffusers_geometry import Jacobian, record, with_geometry
 from diffusers_geometry.bundled import DIGITS
 from diffusers_geometry.costs import ProductCosts
+from diffusers_geometry.difference import evaluate
 from diffusers_geometry.mixin import GeometryDDPMPipeline
 from diffusers_geometry.plan import fit_to_limits, plan_probe
+from diffusers_geometry.quadrature import lanczos_quadrature
 from diffusers_geometry.spectrum import dense_spectrum
-from diffusers_geometry.stochastic import lanczos_quadrature
 
 
 def seeded(seed=0):
@@ -66,7 +67,7 @@ def test_the_bases_of_the_quadrature_count():
 
 
 def test_memory_chooses_and_refuses():
-    assert plan_probe(2048, max_memory=10 * 2**20).method == "golub_kahan"
+    assert plan_probe(2048, max_memory=20 * 2**20).method == "golub_kahan"
     assert plan_probe(2048, max_memory=2**30).method == "dense"
     with pytest.raises(
         ValueError, match=r"max_probe_memory=1000 cannot be met .*dense needs 2048 products and 144 MiB; golub_kahan"
@@ -186,11 +187,14 @@ def test_chunks_shrink_when_memory_runs_out_and_say_so():
         return points @ matrix.T
 
     jacobian = Jacobian(lambda x: hungry(x[None])[0], torch.zeros(24), batched_fn=hungry, derivative="difference")
-    with pytest.warns(UserWarning, match="out of memory with chunk_size=32; going on with 12"):
+    with pytest.warns(UserWarning, match="out of memory with chunk_size=24; going on with 12"):
         found = jacobian.dense()
     torch.testing.assert_close(found, matrix, rtol=1e-3, atol=1e-3)
     assert jacobian.chunk_size <= 10
     assert jacobian.chunk_reductions >= 2
+    points = torch.randn(40, 24, generator=seeded(2))
+    with pytest.warns(UserWarning, match="out of memory with chunk_size=40; going on with 20"):
+        torch.testing.assert_close(evaluate(hungry, points, 64), points @ matrix.T)
     always = Jacobian(lambda x: hungry(x.expand(99, 24)), torch.zeros(24), derivative="difference")
     with pytest.raises(torch.OutOfMemoryError):
         always.jvp(torch.ones(24))

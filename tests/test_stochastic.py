@@ -14,8 +14,9 @@ from diffusers_geometry import Denoiser, Jacobian, estimate_trace
 from diffusers_geometry.descriptors import projected_local_scaling
 from diffusers_geometry.dimension import flipd
 from diffusers_geometry.exact import GaussianDenoiser, LinearManifoldDenoiser, SphereDenoiser
+from diffusers_geometry.quadrature import lanczos_quadrature
 from diffusers_geometry.schedule import noise_level
-from diffusers_geometry.stochastic import _xtrace, estimate_frobenius_norm, lanczos_quadrature, rademacher
+from diffusers_geometry.stochastic import _xtrace, estimate_frobenius_norm, rademacher
 
 SEEDS = 200
 
