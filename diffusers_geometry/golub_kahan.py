@@ -7,8 +7,9 @@ u = U p, v = V q approach those of J. J v = theta u holds by construction; what 
     some singular value of J lies within r of theta          (always; the bound)
     |s - theta| <= r² / (theta - largest unwanted value)     (when the wanted values are found; the estimate)
 
-The estimate is believed only from values that did not move by more than the tolerance in the last step, and with the unwanted value
-taken at the upper end of its own bound: inside a plateau of close values Ritz values are no one's in particular.
+The estimate is believed only from values that moved by no more than the tolerance in each of the last two steps, and with the
+unwanted value at the upper end of its own bound: inside a plateau of close values Ritz values are no one's in particular. What is
+left is chance: a direction that the random start nearly misses shows late, less likely so for larger blocks.
 
 A value that occurs more often than there were starting directions cannot show all its copies in a Krylov space: as soon as all
 copies in sight are as many as the starting directions, or the space closes, fresh directions are added, and given as many steps as
@@ -176,15 +177,16 @@ class _Krylov:
         inside = self.reverse @ p - q.T * values
         outside = self._remainder @ p[p.shape[0] - self._remainder.shape[1] :]
         residuals = (inside.square().sum(dim=0) + outside.square().sum(dim=0)).sqrt() + self.noise
-        steady = torch.zeros(len(values), dtype=torch.bool)
+        still, steady = torch.zeros(2, len(values), dtype=torch.bool)
         if previous is not None:
             known = min(len(values), len(previous.values))
-            steady[:known] = (values[:known] - previous.values[:known]).abs() <= tol * values[:known]
+            still[:known] = (values[:known] - previous.values[:known]).abs() <= tol * values[:known]
+            steady[:known] = still[:known] & previous.still[:known]
         unwanted = (values + residuals)[wanted].item() if len(values) > wanted else 0.0
         gaps = (values - unwanted).clamp_min(torch.finfo(torch.float64).tiny)
         errors = torch.where(steady, torch.minimum(residuals, residuals.square() / gaps + self.noise), residuals)
         converged = errors <= torch.clamp(tol * values, min=2 * self.noise)
-        return _Ritz(values, residuals, errors, converged, p, q.T)
+        return _Ritz(values, residuals, errors, converged, still, p, q.T)
 
     def spectrum(self, ritz: _Ritz, wanted: int, stopped: str, trusted: bool, *, vectors: bool, block_size: int) -> Spectrum:
         """The result. Values that the bases do not show are zero: exactly so when exhausted, else up to the largest one."""
@@ -215,6 +217,7 @@ class _Ritz:
     residuals: Tensor
     errors: Tensor
     converged: Tensor
+    still: Tensor
     left: Tensor
     right: Tensor
 

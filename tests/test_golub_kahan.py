@@ -114,6 +114,26 @@ def test_a_plateau_of_close_values_is_resolved_before_it_is_believed(sigma, coun
     assert (error <= found.errors + 1e-12).all()
 
 
+@pytest.mark.parametrize("block_size", [2, 4, 8])
+def test_plateaus_over_a_decaying_rest(block_size):
+    """Inside a plateau Ritz values stand still by accident: the estimated error alone would believe a third of these runs.
+
+    With a block of 2 one run in 54 still takes the ninth value for the eighth, 1.3e-3 below it: the start nearly missed that one.
+    """
+    plateaus = {120: 0.98 - 0.001 * torch.arange(40), 300: torch.linspace(1, 0.99, 60), 200: torch.linspace(1, 0.97, 25)}
+    wrong = 0
+    for size, plateau in plateaus.items():
+        truth = torch.cat([plateau, 0.3 * 0.9 ** torch.arange(size - len(plateau))]).double()
+        for seed in range(6):
+            jacobian = prescribed(truth, torch.float64, seed=2 * seed)[0]
+            for count in (4, 8, 16):
+                found = golub_kahan_spectrum(jacobian, count, block_size=block_size, generator=seeded(seed))
+                error = (found.singular_values - truth[:count]).abs()
+                assert (error <= 2e-3 * truth[:count]).all(), (size, seed, count)
+                wrong += bool((error > 1e-3 * truth[:count]).any() or (error > found.bounds).any())
+    assert wrong <= (1 if block_size == 2 else 0)
+
+
 def test_a_spent_budget_claims_nothing_that_may_be_wrong():
     truth = spectra(256)["two clusters"]
     for block_size, count, budget in ((1, 3, 6), (4, 16, 32), (4, 16, 48), (2, 12, 40)):

@@ -14,7 +14,7 @@ from diffusers_geometry import Denoiser, Jacobian, estimate_trace
 from diffusers_geometry.descriptors import projected_local_scaling
 from diffusers_geometry.dimension import flipd
 from diffusers_geometry.exact import GaussianDenoiser, LinearManifoldDenoiser, SphereDenoiser
-from diffusers_geometry.quadrature import lanczos_quadrature
+from diffusers_geometry.quadrature import Quadrature, lanczos_quadrature
 from diffusers_geometry.schedule import noise_level
 from diffusers_geometry.stochastic import _xtrace, estimate_frobenius_norm, rademacher
 
@@ -177,6 +177,15 @@ def test_the_trap_of_too_few_steps_is_covered_by_the_bias():
     assert np.mean([m <= abs(e.bias) + 4 * e.sem for m, e in zip(misses, found, strict=True)]) >= 0.95
     assert np.mean([e.value - truth for e in found]) > 30  # a bias it is: always the same way
     assert not any(e.converged for e in found)
+
+
+def test_the_bias_sums_the_rest_of_a_geometric_sequence():
+    """Value minus truth: 1 is left after changes of 2 and 1; at least the last change, at most three times it."""
+    assert Quadrature._bias(11.0, 12.0, 14.0) == pytest.approx(1.0)
+    assert Quadrature._bias(9.0, 8.0, 4.0) == pytest.approx(-1.0)  # never less than the change itself
+    assert Quadrature._bias(11.0, 12.0, 13.5) == pytest.approx(2.0)
+    assert Quadrature._bias(11.0, 12.0, 13.0) == pytest.approx(3.0)
+    assert Quadrature._bias(5.0, 5.0, 9.0) == 0.0
 
 
 @pytest.mark.parametrize("power", [1, 2])
