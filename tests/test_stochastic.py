@@ -198,6 +198,17 @@ def test_coverage_where_the_bias_is_large(power, quantity):
     assert np.mean([abs(e.value - truth) <= abs(e.bias) + 4 * e.sem for e in found]) >= 0.95
 
 
+def test_a_logarithm_that_reaches_below_the_smallest_node_says_so():
+    """A geometric spectrum down to 2e-7 at epsilon = 1e-4: 16 steps miss 750 nats, and the last changes alone do not show it."""
+    values = 0.95 ** torch.arange(1, 301, dtype=torch.float64)
+    matrix = orthogonal(300, 300, 5) * values @ orthogonal(300, 300, 6).T
+    truth = log_volume(values, 1e-4, 300)
+    found = [q.log_volume(1e-4) for q in quadratures(matrix, 8, 16, seeds=20)]
+    assert np.mean([abs(e.value - truth) for e in found]) > 500
+    assert all(abs(e.value - truth) <= abs(e.bias) + 4 * e.sem for e in found)
+    assert not any(e.converged for e in found)
+
+
 def test_quadrature_is_exact_for_few_distinct_values_and_for_a_full_budget():
     basis = orthogonal(200, 20, 1)
     projector = lanczos_quadrature(matrix_jacobian(basis @ basis.T), num_probes=4, num_steps=6)
