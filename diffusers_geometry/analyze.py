@@ -18,15 +18,13 @@ from . import __version__
 from .capture import record
 from .denoiser import Map
 from .jacobian import Derivative
-from .plan import GeometryPlan, choose_within_limits, plan_probe, plan_recording
+from .plan import GeometryPlan, SpectrumMethod, choose_within_limits, plan_probe, plan_recording
 from .precision import to_float32
 from .probe import PointGeometry, Probe
 from .recorded_step import Branch, Engine, RecordedStep
 from .settings import checked_settings, probe_request
 from .step_geometry import BatchEstimate, StepGeometry
 from .trajectory import GeometryTrace
-
-SpectrumMethod = Literal["auto", "dense", "golub_kahan", "randomized", "perturbation", "central_difference"]
 
 
 def analyze_geometry(

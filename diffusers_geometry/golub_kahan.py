@@ -166,9 +166,7 @@ class _Krylov:
         self.reverse = torch.cat([self.reverse, coefficients], dim=1)
 
     def _product(self, product: Callable[[Tensor], Tensor], columns: Tensor, shape: torch.Size) -> Tensor:
-        if not columns.shape[1]:
-            return torch.empty(len(self.right if product == self.jacobian.vjp else self.left), 0, dtype=torch.float64)
-        stack = columns.T.reshape(-1, *shape).to(self.jacobian.x)
+        stack = columns.T.reshape(columns.shape[1], *shape).to(self.jacobian.x)
         return product(stack).flatten(1).cpu().double().T
 
     def ritz(self, wanted: int, previous: _Ritz | None, tol: float) -> _Ritz:

@@ -147,11 +147,13 @@ class Jacobian:
                 "a black box (derivative='difference') has no reverse products. Expected a method that takes forward products "
                 "only (dense, central_difference, a trace), or symmetric=True where you know that J is symmetric."
             )
-        return self._in_chunks(self._pull if self.derivative == "autograd" else self._differ, u, self.value.shape, "u")
+        product = self._pull if self.derivative == "autograd" else self._differ
+        return self._in_chunks(product, u, self.value.shape, "u")
 
     def jvp(self, v: Tensor) -> Tensor:
         """Jv for v of shape (*dims), or for a stack (K, *dims); returns (*out) or (K, *out)."""
-        return self._in_chunks(self._push if self.derivative == "autograd" else self._differ, v, self.x.shape, "v")
+        product = self._push if self.derivative == "autograd" else self._differ
+        return self._in_chunks(product, v, self.x.shape, "v")
 
     def dense(self) -> Tensor:
         """J as a matrix (m, n), by as many products as its smaller side (its inputs, for a black box)."""
@@ -169,14 +171,11 @@ class Jacobian:
         return matrix if reverse else matrix.T
 
     def _in_chunks(self, product: Callable[[Tensor], Tensor], vectors: Tensor, shape: torch.Size, name: str) -> Tensor:
-        """``product`` over a stack or one vector, in chunks that are halved when memory runs out."""
+        """``product`` over a stack (which may be empty) or one vector, in chunks that are halved when memory runs out."""
         single = vectors.shape == shape
         stack = vectors[None] if single else vectors
         if stack.shape[1:] != shape or stack.ndim != len(shape) + 1:
             raise ValueError(f"{name} has shape {tuple(vectors.shape)}. Expected {tuple(shape)} or (K, *{tuple(shape)}).")
-        if not len(stack):
-            like = self.x if product != self._pull else self.value
-            return torch.empty(0, *(self.value if like is self.x else self.x).shape).to(self.x)
         stack, results, start = stack.to(self.x), [], 0
         while start < len(stack):
             chunk = stack[start : start + self.chunk_size]
@@ -188,6 +187,8 @@ class Jacobian:
                 continue
             self.products += len(chunk)
             start += len(chunk)
+        if not results:
+            return stack.new_empty(0, *(self.x if name == "u" else self.value).shape)
         result = torch.cat(results)
         return result[0] if single else result
 

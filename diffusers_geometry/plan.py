@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from .capture import RecordedEnough, record, resolve_steps
 from .costs import ProductCosts, available_memory, measure_costs
@@ -18,14 +18,16 @@ from .golub_kahan import golub_kahan_memory
 from .precision import to_float32
 from .probe import ProbePlan
 from .recorded_step import RecordedStep
+from .spectrum import CERTIFYING_PROBES, NUM_OVERSAMPLES
 
-METHODS = ("auto", "dense", "golub_kahan", "randomized", "perturbation", "central_difference")
+SpectrumMethod = Literal["auto", "dense", "golub_kahan", "randomized", "perturbation", "central_difference"]
+METHODS: tuple[str, ...] = get_args(SpectrumMethod)
 AUTO_DENSE = 2048  # inputs up to which auto takes the whole matrix when all values are wanted
 NUM_SINGULAR_VALUES = 16  # taken by the methods for the largest values where the request does not say
 PRODUCTS_PER_VALUE = 32  # Golub-Kahan's budget; benchmarks/top_values.py and the tests show how many it takes
 TRACE_PRODUCTS = 60
 FLIPD_EXACT = 1024  # inputs up to which FLIPD's trace is exact by default
-RANDOMIZED_EXTRA = 2 * 8 + 5  # oversampling and certificate
+RANDOMIZED_EXTRA = 2 * NUM_OVERSAMPLES + CERTIFYING_PROBES
 STEP_PRODUCTS = 90  # central differences along which the step is chosen, at most
 
 
@@ -176,7 +178,7 @@ def plan_probe(
         order = ["dense", "golub_kahan"] if few else ["golub_kahan", "dense"]
         candidates = [makers[name]() for name in order if reverse or name == "dense"]
     plan = _first_that_fits(candidates, max_products, max_memory)
-    if 0 < plan.log_volume_products < size and not reverse:
+    if 0 < plan.log_volume_products < size and not plan.has_reverse:
         raise ValueError(
             "log_volume_epsilon by quadrature needs reverse products, which a black box does not have. Expected spectrum='dense', "
             "symmetric=True where you know that, or no log-volume."
@@ -194,13 +196,8 @@ def _first_that_fits(candidates: list[ProbePlan], max_products: int | None, max_
     """The first plan within the limits; ValueError that says what each would need."""
     needs = []
     for plan in candidates:
-        least = {
-            "golub_kahan": 2 * max(plan.num_singular_values or 1, plan.block_size), "dense": plan.size,
-            "randomized": plan.spectrum_products, "perturbation": 4, "central_difference": 1,
-        }[plan.method]  # fmt: skip
-        repeated = 2 if plan.denoised_products else 1
-        others = plan.trace_products + plan.log_volume_products + plan.flipd_products
-        products = least * repeated + others
+        least = _least_products(plan)
+        products = least * plan.maps + plan.trace_products + plan.log_volume_products + plan.flipd_products
         fits = max_products is None or (plan.spectrum_products >= least and products <= max_products)
         if fits and (max_memory is None or plan.memory <= max_memory):
             return plan
@@ -212,6 +209,14 @@ def _first_that_fits(candidates: list[ProbePlan], max_products: int | None, max_
         f"{' and '.join(limits)} cannot be met for samples of {size} numbers, per recorded step and sample: {'; '.join(needs)}. "
         "Expected a larger limit, a smaller num_singular_values, or spectrum='central_difference' with as many directions as fit."
     )
+
+
+def _least_products(plan: ProbePlan) -> int:
+    """The smallest budget with which the method gives a spectrum."""
+    return {
+        "golub_kahan": 2 * max(plan.num_singular_values or 1, plan.block_size), "dense": plan.size,
+        "randomized": plan.spectrum_products, "perturbation": 4, "central_difference": 1,
+    }[plan.method]  # fmt: skip
 
 
 def fit_to_limits(
@@ -239,16 +244,12 @@ def fit_to_limits(
         plan = replace(plan, chunk_size=min(plan.chunk_size, room))
     if max_seconds is None or costs.seconds(plan) * places <= max_seconds:
         return plan
-    shrunk, per_product = (
-        plan,
-        costs.seconds(replace(plan, spectrum_products=1)) - costs.seconds(replace(plan, spectrum_products=0)),
-    )
+    shrunk = plan
     if plan.method == "golub_kahan":
-        repeated = 2 if plan.denoised_products else 1
-        least = 2 * max(plan.num_singular_values, plan.block_size)
         fixed = costs.seconds(replace(plan, spectrum_products=0, denoised_products=0))
-        spent = max(least, int((max_seconds / places - fixed) / per_product) // repeated)
-        shrunk = replace(plan, spectrum_products=spent, denoised_products=spent * (repeated - 1))
+        per_product = costs.seconds(replace(plan, spectrum_products=1, denoised_products=0)) - fixed
+        spent = max(_least_products(plan), int((max_seconds / places - fixed) / per_product) // plan.maps)
+        shrunk = replace(plan, spectrum_products=spent, denoised_products=spent * (plan.maps - 1))
     needed = costs.seconds(shrunk) * places
     if needed > max_seconds:
         raise ValueError(
@@ -274,8 +275,7 @@ def choose_within_limits(
     try:
         return fit_to_limits(plan, costs, places, **limits), costs
     except ValueError:
-        reverse = plan.derivative == "autograd" or plan.symmetric
-        if request["method"] != "auto" or plan.method == "golub_kahan" or not reverse:
+        if request["method"] != "auto" or plan.method == "golub_kahan" or not plan.has_reverse:
             raise
     plan = plan_probe(x_t.numel(), max_memory=limits["max_memory"], **request | {"method": "golub_kahan"})
     costs = measure_costs(plan, denoiser, x_t)

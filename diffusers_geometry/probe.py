@@ -70,6 +70,16 @@ class ProbePlan:
     memory: int = 0
 
     @property
+    def has_reverse(self) -> bool:
+        """Whether reverse products can be taken."""
+        return self.derivative == "autograd" or self.symmetric
+
+    @property
+    def maps(self) -> int:
+        """How many maps take products of their own for their spectra."""
+        return 2 if self.denoised_products else 1
+
+    @property
     def products(self) -> int:
         """Upper limit of the products at one step of one sample."""
         parts = (self.spectrum_products, self.denoised_products, self.trace_products, self.log_volume_products)
@@ -154,21 +164,18 @@ class Probe:
         self.chunk_size = min(j.chunk_size for j in jacobians)
         found.details |= {"chunk_size": self.chunk_size, "step": jacobians[0].step} | found.spectrum.details
         reasons = [r for j in jacobians for r in (j.fallback_reason, j.forward_fallback_reason) if r]
-        return found if not reasons else self._with_reason(found, reasons[0])
-
-    @staticmethod
-    def _with_reason(found: PointGeometry, reason: str) -> PointGeometry:
-        found.details["fallback_reason"] = reason
+        if reasons:
+            found.details["fallback_reason"] = reasons[0]
         return found
 
     def _dense(self, denoiser: Denoiser, x_t: Tensor, generator: torch.Generator) -> PointGeometry:
         jacobian, of = self._jacobian(denoiser, x_t, self.plan.of), self.plan.of
         matrix = jacobian.dense()
-        bound = jacobian.rounding(torch.linalg.matrix_norm(matrix.cpu().double(), 2).item())
-        spectrum = denoised = matrix_spectrum(matrix, method="dense", products=len(matrix), bound=bound, step=jacobian.step)
+        made = {"method": "dense", "bound": jacobian.rounding, "step": jacobian.step}
+        spectrum = denoised = matrix_spectrum(matrix, products=len(matrix), **made)
         if of != "denoised":
             identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-            bound = bound * denoiser.error_scale(of)
+            bound = spectrum.bound * denoiser.error_scale(of)
             denoised = matrix_spectrum(denoiser.as_denoised(matrix, identity, of), method="dense", products=0, bound=bound)
         return self._finish(PointGeometry(spectrum, denoised, denoised.trace), jacobian)
 

@@ -62,7 +62,7 @@ class Replay:
     """
 
     def __init__(self, sample: Tensor, model_output: Tensor, calls: list[NetworkCall]) -> None:
-        found = [(call, slot) for call in calls if (slot := _find_slot(call, sample)) is not None]
+        found = _calls_with_slots(calls, sample)
         if not found:
             raise ReplayRefused("no network of the pipeline was called with a rescaled copy of the sample")
         self.sample, self.calls, self.slots = sample, [call for call, _ in found], [slot for _, slot in found]
@@ -186,13 +186,18 @@ def _combination(outputs: Tensor, model_output: Tensor) -> Tensor:
 
 def input_scales(calls: list[NetworkCall], sample: Tensor) -> list[float]:
     """The multiples c_in of the sample that networks were called with."""
-    return [slot.c_in for call in calls if (slot := _find_slot(call, sample)) is not None]
+    return [slot.c_in for _, slot in _calls_with_slots(calls, sample)]
 
 
 def is_single_output(calls: list[NetworkCall], sample: Tensor) -> bool:
     """Whether the step asked the network once per sample, so that there is one branch and it is the conditional one."""
-    slots = [slot for call in calls if (slot := _find_slot(call, sample)) is not None]
+    slots = [slot for _, slot in _calls_with_slots(calls, sample)]
     return len(slots) == 1 and slots[0].repeats == 1
+
+
+def _calls_with_slots(calls: list[NetworkCall], sample: Tensor) -> list[tuple[NetworkCall, _Slot]]:
+    """The calls that were given the sample, and where."""
+    return [(call, slot) for call in calls if (slot := _find_slot(call, sample)) is not None]
 
 
 def may_hold(call: NetworkCall, sample: Tensor) -> bool:

@@ -23,6 +23,7 @@ from .difference import require_finite
 from .estimate import Estimate, jackknife_sem
 from .jacobian import Jacobian
 
+NUM_OVERSAMPLES = 8
 CERTIFYING_PROBES = 5  # of the randomised bound, which fails with probability 10^-5
 
 
@@ -118,9 +119,21 @@ class Spectrum:
         return self.replicates.var(dim=0, correction=0).mul(groups - 1).sqrt()
 
 
-def matrix_spectrum(matrix: Tensor, *, method: str, products: int, bound: float = 0.0, step: float | None = None) -> Spectrum:
-    """The spectrum of a matrix in hand, shape (m, n), in float64; ``bound`` is the error of its spectral norm."""
+def matrix_spectrum(
+    matrix: Tensor, *, method: str, products: int, bound: float | Callable[[float], float] = 0.0, step: float | None = None
+) -> Spectrum:
+    """The spectrum of a matrix in hand, shape (m, n), in float64.
+
+    Args:
+        matrix: The matrix.
+        method: How its entries were obtained.
+        products: What they cost.
+        bound: Spectral norm of the error of the matrix, or a function that gives it for the largest singular value.
+        step: The difference step.
+    """
     matrix = require_finite(matrix.detach().cpu().double(), "the Jacobian")
+    values = torch.linalg.svdvals(matrix)
+    bound = bound(values[0].item()) if callable(bound) else bound
     square = matrix.shape[0] == matrix.shape[1]
     eigenvalues = asymmetry = trace = None
     if square:
@@ -128,7 +141,6 @@ def matrix_spectrum(matrix: Tensor, *, method: str, products: int, bound: float 
         even, odd = (matrix + matrix.T).norm().item(), (matrix - matrix.T).norm().item()
         asymmetry = odd / even if even > 0 else (math.inf if odd > 0 else 0.0)
         trace = Estimate(matrix.trace().item(), bias=bound * math.sqrt(len(matrix)), products=products)
-    values = torch.linalg.svdvals(matrix)
     return Spectrum(
         values,
         tuple(matrix.shape),
@@ -147,15 +159,15 @@ def dense_spectrum(jacobian: Jacobian) -> Spectrum:
     """All singular values from the dense Jacobian; exact for an automatic derivative; min(m, n) products."""
     before = jacobian.products
     matrix = jacobian.dense()
-    bound = jacobian.rounding(torch.linalg.matrix_norm(matrix.cpu().double(), 2).item())
-    return matrix_spectrum(matrix, method="dense", products=jacobian.products - before, bound=bound, step=jacobian.step)
+    products = jacobian.products - before
+    return matrix_spectrum(matrix, method="dense", products=products, bound=jacobian.rounding, step=jacobian.step)
 
 
 def randomized_spectrum(
     jacobian: Jacobian,
     num_singular_values: int,
     *,
-    num_oversamples: int = 8,
+    num_oversamples: int = NUM_OVERSAMPLES,
     tol: float = 1e-3,
     generator: torch.Generator | None = None,
 ) -> Spectrum:
