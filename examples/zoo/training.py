@@ -1,0 +1,146 @@
+"""One training loop for every model of the zoo: seeded, resumable after a kill at any moment, with the time that is left.
+
+The step number seeds the batch, so that a run which was stopped and taken up again is the same run. Checkpoints live outside the
+checkout; only the last one is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm import trange
+
+ZOO = Path(__file__).parent
+CURVE_POINTS = 100  # of a loss curve, each the mean over its share of the steps
+SMOKE_STEPS = 3
+
+
+def arguments(document: str, steps: int) -> argparse.Namespace:
+    """The command line that every training script has."""
+    parser = argparse.ArgumentParser(description=document.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ZOO, help="the folder that gets the model's folder")
+    parser.add_argument("--checkpoints", type=Path, default=Path(tempfile.gettempdir()) / "diffusers_geometry_zoo")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--save-seconds", type=float, default=60.0, help="time between two checkpoints")
+    parser.add_argument("--smoke", action="store_true", help="three steps in a temporary folder, to see that it runs")
+    args = parser.parse_args()
+    if args.smoke:
+        args.steps = SMOKE_STEPS
+        args.checkpoints = Path(tempfile.mkdtemp())
+        args.output = Path(tempfile.mkdtemp()) if args.output == ZOO else args.output
+    return args
+
+
+@dataclass
+class History:
+    """What a training spent and how its loss fell; kept in the checkpoint."""
+
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "losses": self.losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seconds, self.losses = state["seconds"], list(state["losses"])
+
+    def curve(self) -> list[tuple[int, float]]:
+        """(last step of the interval, mean loss over it) for at most 100 intervals."""
+        edges = torch.linspace(0, len(self.losses), min(CURVE_POINTS, len(self.losses)) + 1).round().long().tolist()
+        means = [sum(self.losses[a:b]) / (b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        return list(zip(edges[1:], means, strict=True))
+
+
+def fit(
+    network: nn.Module,
+    loss_of: Callable[[nn.Module, torch.Generator], Tensor],
+    name: str,
+    args: argparse.Namespace,
+    *,
+    learning_rate: float = 1e-3,
+    mixed_precision: str = "no",
+    at_step: Callable[[int, nn.Module], None] | None = None,
+) -> History:
+    """Trains ``network`` in place to its exponential moving average; resumes from the last checkpoint of ``name``.
+
+    Args:
+        network: What is trained; made after ``torch.manual_seed`` by the caller, so that its start is fixed.
+        loss_of: (network, generator of this step) -> scalar loss.
+        name: Folder of the checkpoints.
+        args: From :func:`arguments`.
+        learning_rate: Highest rate, reached after a twentieth of the steps, from where it falls to zero by a cosine.
+        mixed_precision: Of accelerate, "no" or "bf16".
+        at_step: Called with the number of steps done and the network carrying its moving average, after every step.
+    """
+    accelerator = Accelerator(mixed_precision=mixed_precision)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-4)
+    warm = max(args.steps // 20, 1)
+    rates = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=warm),
+         torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.steps - warm, 1))],
+        [warm],
+    )  # fmt: skip
+    model, optimizer, rates = accelerator.prepare(network, optimizer, rates)
+    average, history = EMAModel(network.parameters(), decay=0.999, use_ema_warmup=True, power=0.75), History()
+    accelerator.register_for_checkpointing(average, history)
+    folder = args.checkpoints / name
+    done = folder / "done"
+    first = int(done.read_text()) if done.exists() else 0
+    if first:
+        accelerator.load_state(str(folder / f"step{first}"))
+        average.to(accelerator.device)
+    saved = started = time.monotonic()
+    model.train()
+    for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc=name, mininterval=5)):
+        with accelerator.autocast():
+            loss = loss_of(model, torch.Generator().manual_seed(step))
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step(), rates.step(), optimizer.zero_grad(), average.step(network.parameters())
+        history.losses.append(loss.item())
+        if at_step is not None:
+            average.store(network.parameters())
+            average.copy_to(network.parameters())
+            at_step(step + 1, network)
+            average.restore(network.parameters())
+        if time.monotonic() - saved > args.save_seconds or step + 1 == args.steps:
+            now = time.monotonic()
+            history.seconds, saved, started = history.seconds + now - started, now, now
+            _checkpoint(accelerator, folder, step + 1)
+            bar.set_postfix(loss=f"{sum(history.losses[-50:]) / len(history.losses[-50:]):.4f}")
+    average.copy_to(network.parameters())
+    network.eval()
+    return history
+
+
+def _checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Writes the state of ``step`` and only then says so; the one before it goes last."""
+    accelerator.save_state(str(folder / f"step{step}"))
+    (folder / "done.part").write_text(str(step))
+    os.replace(folder / "done.part", folder / "done")
+    for other in folder.glob("step*"):
+        if other.name != f"step{step}":
+            shutil.rmtree(other)
+
+
+def write_training(folder: Path, network: nn.Module, history: History, **facts: Any) -> None:
+    """Notes in ``training.json`` how a model was made; its card is written from this and from ``quality.json``."""
+    document = {
+        "parameters": sum(p.numel() for p in network.parameters()), "steps": len(history.losses),
+        "minutes": history.seconds / 60, "loss_curve": history.curve(), **facts,
+    }  # fmt: skip
+    (folder / "training.json").write_text(json.dumps(document, indent=1) + "\n")
