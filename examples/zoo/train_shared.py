@@ -15,7 +15,7 @@ from data import all_captions, caption_index, digits_split, planted_phrases, ran
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
-from training import arguments, fit, write_training
+from training import argument_parser, finish, fit, write_training
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 BATCH = 64
@@ -110,7 +110,7 @@ def train_text_encoder(args) -> None:
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=2500)
+    args = finish(argument_parser(__doc__, steps=2500))
     train_classifier(args)
     train_text_encoder(args)
 

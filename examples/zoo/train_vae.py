@@ -9,14 +9,14 @@ import torch
 from data import digits_split, random_rows, shifted
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
-from training import arguments, fit, write_training
+from training import argument_parser, finish, fit, write_training
 
 BATCH = 64
 KL_WEIGHT = 2e-3  # per latent number, against squared errors per pixel
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=3000)
+    args = finish(argument_parser(__doc__, steps=3000))
     torch.manual_seed(0)
     vae = AutoencoderKL(
         1, 1, ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3, (16, 32, 64), norm_num_groups=8, latent_channels=4,

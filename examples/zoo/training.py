@@ -28,14 +28,19 @@ CURVE_POINTS = 100  # of a loss curve, each the mean over its share of the steps
 SMOKE_STEPS = 3
 
 
-def arguments(document: str, steps: int) -> argparse.Namespace:
-    """The command line that every training script has."""
+def argument_parser(document: str, steps: int) -> argparse.ArgumentParser:
+    """The options that every training script has."""
     parser = argparse.ArgumentParser(description=document.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ZOO, help="the folder that gets the model's folder")
     parser.add_argument("--checkpoints", type=Path, default=Path(tempfile.gettempdir()) / "diffusers_geometry_zoo")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--save-seconds", type=float, default=60.0, help="time between two checkpoints")
-    parser.add_argument("--smoke", action="store_true", help="three steps in a temporary folder, to see that it runs")
+    parser.add_argument("--smoke", action="store_true", help=f"{SMOKE_STEPS} steps in temporary folders, to see that it runs")
+    return parser
+
+
+def finish(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses the command line; a smoke run touches neither the zoo nor other checkpoints."""
     args = parser.parse_args()
     if args.smoke:
         args.steps = SMOKE_STEPS
@@ -80,7 +85,7 @@ def fit(
         network: What is trained; made after ``torch.manual_seed`` by the caller, so that its start is fixed.
         loss_of: (network, generator of this step) -> scalar loss.
         name: Folder of the checkpoints.
-        args: From :func:`arguments`.
+        args: From :func:`finish`.
         learning_rate: Highest rate, reached after a twentieth of the steps, from where it falls to zero by a cosine.
         mixed_precision: Of accelerate, "no" or "bf16".
         at_step: Called with the number of steps done and the network carrying its moving average, after every step.
@@ -143,4 +148,5 @@ def write_training(folder: Path, network: nn.Module, history: History, **facts: 
         "parameters": sum(p.numel() for p in network.parameters()), "steps": len(history.losses),
         "minutes": history.seconds / 60, "loss_curve": history.curve(), **facts,
     }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "training.json").write_text(json.dumps(document, indent=1) + "\n")
