@@ -23,8 +23,10 @@ _HOME = {
     "GeometryStableDiffusionPipeline": "mixin",
     "GeometryStableDiffusionXLPipeline": "mixin",
     "GeometryTrace": "trajectory",
+    "GeometryVectorPipeline": "vector",
     "Jacobian": "jacobian",
     "Spectrum": "spectrum",
+    "VectorNetwork": "vector",
     "dense_spectrum": "spectrum",
     "estimate_trace": "stochastic",
     "golub_kahan_spectrum": "golub_kahan",
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from .spectrum import dense_spectrum as dense_spectrum
     from .stochastic import estimate_trace as estimate_trace
     from .trajectory import GeometryTrace as GeometryTrace
+    from .vector import GeometryVectorPipeline as GeometryVectorPipeline
+    from .vector import VectorNetwork as VectorNetwork
 
 
 def __getattr__(name: str) -> Any:

@@ -195,8 +195,8 @@ def _step_geometry(step: RecordedStep, found: list[PointGeometry], settings: dic
 
 
 def _images(output: Any) -> Any:
-    """What the pipeline made: images, frames or audio, or the first item of a tuple."""
-    for name in ("images", "frames", "audios"):
+    """What the pipeline made: images, frames, audio or vectors, or the first item of a tuple."""
+    for name in ("images", "frames", "audios", "samples"):
         if hasattr(output, name):
             return getattr(output, name)
     return output[0] if isinstance(output, (tuple, list)) else output

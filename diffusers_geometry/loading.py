@@ -40,7 +40,8 @@ def load_pipeline(model: str | None, dtype: str = "float32", device: str = "cpu"
     if Path(name).exists():
         _check_index(Path(name) / "model_index.json")
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(name, dtype=dtypes[dtype], use_safetensors=True)
+        loader = _own_class(diffusers.DiffusionPipeline.load_config(name)) or diffusers.DiffusionPipeline
+        pipe = loader.from_pretrained(name, dtype=dtypes[dtype], use_safetensors=True)
     except Exception as error:  # diffusers raises whatever the broken file makes it raise
         if Path(name).exists():
             raise UsageError(f"cannot load the pipeline in {name}: {one_line(error)}") from error
@@ -60,8 +61,16 @@ def _check_index(path: Path) -> None:
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {one_line(error)}") from error
     name = index.get("_class_name") if isinstance(index, dict) else None
-    if not isinstance(name, str) or not hasattr(diffusers, name):
+    if not isinstance(name, str) or not (hasattr(diffusers, name) or _own_class(index)):
         raise UsageError(f"{path} names the pipeline class {name!r}. Expected one of diffusers {diffusers.__version__}.")
+
+
+def _own_class(index: dict[str, Any]) -> type | None:
+    """The pipeline class of this package that an index names, which diffusers would not find."""
+    from . import vector
+
+    name = index.get("_class_name")
+    return vector.GeometryVectorPipeline if name == vector.GeometryVectorPipeline.__name__ else None
 
 
 def call_arguments(

@@ -49,8 +49,9 @@ def _restore(pipeline_class: type, attributes: dict[str, Any]) -> Any:
 
 
 def plain_class(pipeline_class: type) -> type:
-    """The first class of the MRO that has no geometry in it."""
-    return next(c for c in pipeline_class.__mro__ if not issubclass(c, GeometryMixin))
+    """The first class of the MRO that has no geometry in it; the class itself where that is no pipeline of its own."""
+    plain = next(c for c in pipeline_class.__mro__ if not issubclass(c, GeometryMixin))
+    return pipeline_class if plain is diffusers.DiffusionPipeline else plain
 
 
 def with_geometry(pipe: Any) -> Any:

@@ -45,6 +45,7 @@ HOST = [
     "settings",
     "analyze",
     "mixin",
+    "vector",
     "selfcheck",
     "loading",
     "cli",

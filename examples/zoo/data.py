@@ -28,6 +28,7 @@ PROPERTIES = {"thickness": ("thin", "thick"), "slant": ("upright", "slanted"), "
 UPRIGHT_DEGREES, SLANTED_DEGREES = 8.0, 20.0
 HELD_OUT_PER_CLASS = 100
 PHRASES_PER_KIND, IMAGES_PER_CONTROL = 30, 200
+EMOJI_SIZE, HELD_OUT_EMOJI = 16, 206
 EMOJI_PACKAGE = "emoji-datasource-google@16.0.0"
 
 _ADJECTIVES = ("amber", "crystal", "distant", "hollow", "velvet", "winter")
@@ -177,8 +178,8 @@ def emoji_folder() -> Path:
 
 
 @functools.cache
-def emoji(size: int = 16) -> tuple[Tensor, list[str]]:
-    """Emoji images (n, 3, size, size) in [-1, 1] on white, and the group of each ("Smileys & Emotion", ...)."""
+def emoji_split() -> tuple[Tensor, list[str], Tensor, list[str]]:
+    """(images to train on, their groups, 206 held-out images, their groups); images (n, 3, 16, 16), groups as "Flags"."""
     from PIL import Image
 
     folder = emoji_folder()
@@ -187,6 +188,8 @@ def emoji(size: int = 16) -> tuple[Tensor, list[str]]:
     for entry in entries:
         picture = Image.open(folder / "img" / "google" / "64" / entry["image"]).convert("RGBA")
         flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-        images.append(np.asarray(flat.resize((size, size), Image.Resampling.BOX), dtype=np.float32))
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return stacked.contiguous() / 127.5 - 1, [e["category"] for e in entries]
+        images.append(np.asarray(flat.resize((EMOJI_SIZE, EMOJI_SIZE), Image.Resampling.BOX), dtype=np.float32))
+    pixels, groups = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1, [e["category"] for e in entries]
+    order = torch.randperm(len(entries), generator=torch.Generator().manual_seed(0)).tolist()
+    parts = order[:-HELD_OUT_EMOJI], order[-HELD_OUT_EMOJI:]
+    return tuple(item for part in parts for item in (pixels[part].contiguous(), [groups[i] for i in part]))

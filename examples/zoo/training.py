@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,8 @@ def fit(
     *,
     learning_rate: float = 1e-3,
     mixed_precision: str = "no",
-    at_step: Callable[[int, nn.Module], None] | None = None,
+    keep_at: Sequence[int] = (),
+    keep: Callable[[int, nn.Module], None] | None = None,
 ) -> History:
     """Trains ``network`` in place to its exponential moving average; resumes from the last checkpoint of ``name``.
 
@@ -88,7 +89,8 @@ def fit(
         args: From :func:`finish`.
         learning_rate: Highest rate, reached after a twentieth of the steps, from where it falls to zero by a cosine.
         mixed_precision: Of accelerate, "no" or "bf16".
-        at_step: Called with the number of steps done and the network carrying its moving average, after every step.
+        keep_at: Numbers of steps after which ``keep`` is called.
+        keep: Called with the number of steps done and the network carrying its moving average.
     """
     accelerator = Accelerator(mixed_precision=mixed_precision)
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-4)
@@ -117,10 +119,10 @@ def fit(
         accelerator.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step(), rates.step(), optimizer.zero_grad(), average.step(network.parameters())
         history.losses.append(loss.item())
-        if at_step is not None:
+        if step + 1 in keep_at:
             average.store(network.parameters())
             average.copy_to(network.parameters())
-            at_step(step + 1, network)
+            keep(step + 1, network)
             average.restore(network.parameters())
         if time.monotonic() - saved > args.save_seconds or step + 1 == args.steps:
             now = time.monotonic()

@@ -1,0 +1,55 @@
+"""Train the pixel models: ``ddpm-mnist`` (32x32 digits) or ``ddpm-emoji`` (16x16 colour emoji), with the schedule of Ho et al. (2020).
+
+python examples/zoo/train_ddpm.py --data mnist               # about 30 minutes on two cores each; run again to resume
+python examples/zoo/train_ddpm.py --data emoji               # fetches the images with npm on first use
+"""
+
+from __future__ import annotations
+
+import torch
+from data import digits_split, emoji_split, random_rows
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from shared import save_pipeline
+from torch import Tensor, nn
+from training import argument_parser, finish, fit, write_training
+
+BATCH = 64
+
+
+def make_unet(data: str) -> UNet2DModel:
+    if data == "mnist":
+        return UNet2DModel(
+            32, 1, 1, block_out_channels=(32, 64, 96), layers_per_block=1, norm_num_groups=8, attention_head_dim=16,
+            down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+    return UNet2DModel(
+        16, 3, 3, block_out_channels=(64, 96, 128), layers_per_block=1, norm_num_groups=16, attention_head_dim=16,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argument_parser(__doc__, steps=7000)
+    parser.add_argument("--data", choices=("mnist", "emoji"), required=True)
+    args = finish(parser)
+    name = f"ddpm-{args.data}"
+    images = digits_split()[0].images if args.data == "mnist" else emoji_split()[0]
+    torch.manual_seed(0)
+    unet, scheduler = make_unet(args.data), DDPMScheduler(beta_start=1e-4, beta_end=2e-2)
+
+    def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
+        x_0 = images[random_rows(len(images), BATCH, generator)]
+        noise, t = torch.randn(x_0.shape, generator=generator), torch.randint(1000, (BATCH,), generator=generator)
+        x_t = scheduler.add_noise(x_0, noise, t)
+        return (model(x_t.to(unet.device), t.to(unet.device)).sample - noise.to(unet.device)).square().mean()
+
+    history = fit(unet, loss_of, name, args, mixed_precision="bf16")
+    folder = args.output / name
+    write_training(folder, unet, history, batch=BATCH)
+    save_pipeline(DDPMPipeline(unet, scheduler), folder)
+
+
+if __name__ == "__main__":
+    main()
