@@ -202,9 +202,15 @@ def _images(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
+def _class_name(pipeline_class: type) -> str:
+    """The diffusers class behind a geometry pipeline; its own name where it stands on none."""
+    plain = next((c for c in pipeline_class.__mro__ if c.__module__.startswith("diffusers.")), diffusers.DiffusionPipeline)
+    return (pipeline_class if plain is diffusers.DiffusionPipeline else plain).__name__
+
+
 def _provenance(pipe: Any) -> dict[str, Any]:
     return {
-        "pipeline": next((c.__name__ for c in type(pipe).__mro__ if c.__module__.startswith("diffusers.")), type(pipe).__name__),
+        "pipeline": _class_name(type(pipe)),
         "model": str(getattr(pipe, "name_or_path", None) or "") or None,
         "scheduler": type(pipe.scheduler).__name__,
         "diffusers_geometry": __version__,

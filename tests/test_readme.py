@@ -51,16 +51,23 @@ def test_the_figure_is_made_by_the_command_that_the_readme_names():
 
 def test_every_geometry_class_has_a_custom_pipeline():
     shims = {p.parent.name: p.read_text() for p in (ROOT / "pipelines").glob("*/pipeline.py")}
-    assert len(shims) == len(GEOMETRY_PIPELINES)
-    imported = {re.fullmatch(r"from diffusers_geometry\.mixin import (\w+)  # noqa: F401\n", t).group(1) for t in shims.values()}
-    assert imported == set(GEOMETRY_PIPELINES)
+    assert len(shims) == len(GEOMETRY_PIPELINES) + 1
+    pattern = r"from diffusers_geometry\.(?:mixin|vector) import (\w+)  # noqa: F401\n"
+    assert {re.fullmatch(pattern, t).group(1) for t in shims.values()} == {*GEOMETRY_PIPELINES, "GeometryVectorPipeline"}
 
 
-@pytest.mark.parametrize("shim", ["ddpm"])
-def test_custom_pipelines_load_from_a_foreign_folder(shim, tmp_path):
+@pytest.mark.parametrize(
+    ("shim", "model", "printed"),
+    [
+        ("ddpm", DIGITS, "GeometryDDPMPipeline (1, 64)"),
+        ("vector", ROOT / "examples" / "zoo" / "linear-manifold", "GeometryVectorPipeline (1, 100)"),
+    ],
+    ids=["ddpm", "vector"],
+)
+def test_custom_pipelines_load_from_a_foreign_folder(shim, model, printed, tmp_path):
     code = (
         "from diffusers import DiffusionPipeline\n"
-        f"pipe = DiffusionPipeline.from_pretrained({str(DIGITS)!r}, custom_pipeline={str(ROOT / 'pipelines' / shim)!r}, "
+        f"pipe = DiffusionPipeline.from_pretrained({str(model)!r}, custom_pipeline={str(ROOT / 'pipelines' / shim)!r}, "
         "trust_remote_code=True)\n"
         "trace = pipe.analyze_geometry(num_inference_steps=3, record_steps=[1], progress=False)\n"
         "print(type(pipe).__name__, trace.steps[0].singular_values.shape)\n"
@@ -70,4 +77,4 @@ def test_custom_pipelines_load_from_a_foreign_folder(shim, tmp_path):
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == "GeometryDDPMPipeline (1, 64)"
+    assert done.stdout.splitlines()[-1] == printed

@@ -24,14 +24,14 @@ def make_unet(data: str) -> UNet2DModel:
             up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         )  # fmt: skip
     return UNet2DModel(
-        16, 3, 3, block_out_channels=(64, 96, 128), layers_per_block=1, norm_num_groups=16, attention_head_dim=16,
+        16, 3, 3, block_out_channels=(48, 80, 112), layers_per_block=1, norm_num_groups=8, attention_head_dim=16,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, steps=7000)
+    parser = argument_parser(__doc__, steps=4500)
     parser.add_argument("--data", choices=("mnist", "emoji"), required=True)
     args = finish(parser)
     name = f"ddpm-{args.data}"

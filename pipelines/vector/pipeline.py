@@ -1,0 +1,1 @@
+from diffusers_geometry.vector import GeometryVectorPipeline  # noqa: F401
