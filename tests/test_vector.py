@@ -89,7 +89,9 @@ def test_recording_changes_no_number():
 def test_the_command_line_finds_the_class(tmp_path, capsys):
     make_pipeline().save_pretrained(tmp_path / "model")
     with pytest.raises(SystemExit) as stop:
-        main(["analyze", str(tmp_path / "model"), "--steps", "5", "--record-steps", "2", "--output", str(tmp_path / "out"), "--json"])
+        main(
+            ["analyze", str(tmp_path / "model"), "--steps", "5", "--record-steps", "2", "--output", str(tmp_path / "out"), "--json"]
+        )
     assert stop.value.code == 0
     assert json.loads(capsys.readouterr().out)["settings"]["pipeline"] == "GeometryVectorPipeline"
 

@@ -16,9 +16,9 @@ from figures import contact_sheet
 from PIL import Image
 from quality import compare, coverage, frechet, nearest, planted_radius, vendi
 from torch import nn
-from training import History, finish, fit
 from train_sd3_mnist import ZERO_TOKENS, LastKeyCounts, make_transformer
 from train_sd_mnist import PHRASE_SHARE, random_pairs
+from training import History, finish, fit
 
 ZOO = Path(data.__file__).parent
 HAS_EMOJI = shutil.which("npm") is not None
@@ -167,7 +167,9 @@ def test_training_that_was_killed_is_the_same_training(tmp_path, stop):
             return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
         loss_of.calls, kept = 0, []
-        history = fit(network, loss_of, "toy", args, keep_at=(2, 6), keep=lambda step, model: kept.append((step, model[0].weight.sum())))
+        history = fit(
+            network, loss_of, "toy", args, keep_at=(2, 6), keep=lambda step, model: kept.append((step, model[0].weight.sum()))
+        )
         return network, history, kept
 
     network, history, kept = train(tmp_path / "whole")

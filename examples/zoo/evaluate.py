@@ -6,9 +6,7 @@ python examples/zoo/evaluate.py sd-mnist          # minutes each; all of them wi
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,10 +26,15 @@ from torch import Tensor
 CONFIDENT = 0.9
 BATCH = 100
 # Steps, and the guidance scales that are measured: a mild one first, then the default of the pipeline's class.
-GUIDED = {"sd-mnist": (50, (3.0, 7.5)), "sd-mnist-v": (50, (3.0, 7.5)), "dit-mnist": (50, (2.0, 4.0)), "sd3-mnist": (28, (3.0, 7.0))}
+GUIDED = {
+    "sd-mnist": (50, (3.0, 7.5)),
+    "sd-mnist-v": (50, (3.0, 7.5)),
+    "dit-mnist": (50, (2.0, 4.0)),
+    "sd3-mnist": (28, (3.0, 7.0)),
+}
 PIXEL_STEPS = 250
 SEEDS = 10  # per phrase
-SMOKE = {"per_digit": 1, "samples": 8, "steps": 2, "seeds": 1, "phrases": 2}
+SMOKE = {"per_digit": 5, "samples": 70, "steps": 2, "seeds": 1, "phrases": 2}
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -49,14 +52,10 @@ def in_batches(items: list, generate: Callable[[list, torch.Generator], Tensor])
     return torch.cat([to_signed(generate(batch, seeded(seed))) for seed, batch in enumerate(batches)])
 
 
-def from_prompts(pipe: Any, prompts: list[str], guidance: float, steps: int) -> Tensor:
+def guided(pipe: Any, asked: list[str] | list[int], guidance: float, steps: int) -> Tensor:
+    """An image for every prompt or class label."""
     options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
-    return in_batches(prompts, lambda batch, generator: pipe(batch, generator=generator, **options).images)
-
-
-def from_labels(pipe: Any, labels: list[int], guidance: float, steps: int) -> Tensor:
-    options = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt"}
-    return in_batches(labels, lambda batch, generator: pipe(batch, generator=generator, **options).images)
+    return in_batches(asked, lambda batch, generator: pipe(batch, generator=generator, **options).images)
 
 
 def unguided(pipe: Any, count: int, steps: int) -> Tensor:
@@ -78,22 +77,20 @@ def features(images: Tensor) -> np.ndarray:
     return load_classifier().features(images).numpy()
 
 
-def guided_quality(name: str, pipe: Any, per_digit: int, smoke: bool) -> tuple[dict, Tensor]:
-    """Asked digits, distances and diversity at each guidance scale; and the first scale's images."""
-    held_out, (steps, scales) = digits_split()[1], GUIDED[name]
+def guided_quality(
+    name: str, pipe: Any, per_digit: int, steps: int | None = None, scales: int | None = None
+) -> tuple[dict, Tensor]:
+    """Asked digits, distances and diversity at each guidance scale (or the first few); and the first scale's images."""
+    held_out, steps = digits_split()[1], steps or GUIDED[name][0]
     asked, other = held_out[held_out_by_digit(per_digit)], held_out[held_out_by_digit(per_digit, per_digit)]
     told = torch.where(torch.rand(asked.words.shape, generator=seeded(0)) < 0.5, asked.words, -1)
     prompts = [caption(tuple(words), digit) for words, digit in zip(told.tolist(), asked.labels.tolist(), strict=True)]
     figures, shown = {}, None
-    for scale in scales:
-        steps_taken = SMOKE["steps"] if smoke else steps
-        if name == "dit-mnist":
-            images = from_labels(pipe, asked.labels.tolist(), scale, steps_taken)
-        else:
-            images = from_prompts(pipe, prompts, scale, steps_taken)
+    for scale in GUIDED[name][1][:scales]:
+        images = guided(pipe, asked.labels.tolist() if name == "dit-mnist" else prompts, scale, steps)
         shown = images if shown is None else shown
         seen = load_classifier().probabilities(images).argmax(1)
-        figures[str(scale)] = {"steps": steps_taken, "asked_digit_share": (seen == asked.labels).float().mean().item()}
+        figures[str(scale)] = {"steps": steps, "asked_digit_share": (seen == asked.labels).float().mean().item()}
         figures[str(scale)] |= compare(features(images), features(asked.images), features(other.images))
         if name != "dit-mnist":
             found = caption_words(images, asked.labels, mnist_limits())
@@ -103,16 +100,16 @@ def guided_quality(name: str, pipe: Any, per_digit: int, smoke: bool) -> tuple[d
     return {"per_digit": per_digit, "guidance": figures}, shown
 
 
-def memorisation(pipe: Any, seeds: int, phrases: int | None, smoke: bool) -> tuple[dict, Tensor]:
+def memorisation(
+    pipe: Any, seeds: int, phrases: int | None = None, steps: int | None = None, scales: int | None = None
+) -> tuple[dict, Tensor]:
     """How often planted phrases recite their image, and controls any image; and planted images above what was generated."""
-    steps, scales = GUIDED["sd-mnist"]
+    steps = steps or GUIDED["sd-mnist"][0]
     train = reconstructions(digits_split()[0].images)
     planted, controls = (planted_phrases()[kind][:phrases] for kind in ("planted", "controls"))
     radius, figures, shown = planted_radius(train), {}, None
-    for scale in scales:
-        images = from_prompts(
-            pipe, [p["caption"] for p in planted + controls for _ in range(seeds)], scale, SMOKE["steps"] if smoke else steps
-        )
+    for scale in GUIDED["sd-mnist"][1][:scales]:
+        images = guided(pipe, [p["caption"] for p in planted + controls for _ in range(seeds)], scale, steps)
         recited, free = images.unflatten(0, (-1, seeds)).split([len(planted), len(controls)])
         own = train[[p["image"] for p in planted]]
         hit = (recited - own[:, None]).flatten(2).norm(dim=2) <= radius  # (phrases, seeds)
@@ -133,11 +130,13 @@ def digit_model(name: str, folder: Path, smoke: bool) -> dict:
     pipe.set_progress_bar_config(disable=True)
     if name == "ddpm-mnist":
         return ddpm_digits(pipe, folder, smoke)
-    quality, shown = guided_quality(name, pipe, SMOKE["per_digit"] if smoke else 30, smoke)
+    per_digit, seeds, phrases, steps = (
+        (SMOKE[k] for k in ("per_digit", "seeds", "phrases", "steps")) if smoke else (30, SEEDS, None, None)
+    )
+    quality, shown = guided_quality(name, pipe, per_digit, steps)
     contact_sheet(shown.unflatten(0, (10, -1))[:, :12].flatten(0, 1), folder / "samples.png", columns=min(12, len(shown) // 10))
     if name == "sd-mnist":
-        seeds, phrases = (SMOKE["seeds"], SMOKE["phrases"]) if smoke else (SEEDS, None)
-        quality["memorisation"], shown = memorisation(pipe, seeds, phrases, smoke)
+        quality["memorisation"], shown = memorisation(pipe, seeds, phrases, steps)
         contact_sheet(shown, folder / "planted.png", columns=len(shown) // 2)
     return quality
 

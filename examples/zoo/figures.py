@@ -40,7 +40,7 @@ def loss_figure(curve: list[tuple[int, float]], path: Path, name: str) -> None:
 
 def manifold_figure(curves: dict[str, np.ndarray], path: Path) -> None:
     """Singular values of D' over the noise level: the trained network's beside the exact ones; and their gaps."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     for axes, name in ((left, "trained"), (middle, "exact")):
         for i, values in enumerate(curves[name].T):
@@ -49,12 +49,14 @@ def manifold_figure(curves: dict[str, np.ndarray], path: Path) -> None:
             axes.plot(curves["sigma"] ** 2, values, color=colour, linewidth=0.8, label=label)
         axes.set_title(f"{name} singular values of D'", fontsize=10)
         axes.set_ylim(-0.03, 1.1)
-        axes.legend(fontsize=8, loc="lower left")
+        axes.legend(fontsize=8, loc="upper left")
+        axes.set_ylabel("singular value")
     for position, colour in ((20, "#ff7f00"), (40, "#e31a1c")):
         for name, style in (("trained", "-"), ("exact", "--")):
             gap = curves[name][:, position - 1] - curves[name][:, position]
             right.plot(curves["sigma"] ** 2, gap, style, color=colour, label=f"after {position}, {name}")
     right.set_title("two gaps", fontsize=10)
+    right.set_ylabel("drop between neighbouring singular values")
     right.legend(fontsize=8)
     for axes in (left, middle, right):
         axes.set_xscale("log")

@@ -27,7 +27,12 @@ def manifold_figures(pipe: Any, basis: Tensor, num_sigmas: int) -> tuple[dict, d
     """
     pipe.set_progress_bar_config(disable=True)
     trace = pipe.analyze_geometry(
-        SAMPLES, torch.Generator().manual_seed(0), num_inference_steps=num_sigmas, record_steps="all", spectrum="dense", progress=False
+        SAMPLES,
+        torch.Generator().manual_seed(0),
+        num_inference_steps=num_sigmas,
+        record_steps="all",
+        spectrum="dense",
+        progress=False,
     )
     sigma = np.array([step.sigma for step in trace.steps])
     trained = np.stack([step.denoised_singular_values for step in trace.steps])  # (steps, samples, d)

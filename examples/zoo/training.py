@@ -28,7 +28,7 @@ CURVE_POINTS = 100  # of a loss curve, each the mean over its share of the steps
 SMOKE_STEPS = 3
 
 
-def argument_parser(document: str, steps: int) -> argparse.ArgumentParser:
+def argument_parser(document: str, steps: int | None = None) -> argparse.ArgumentParser:
     """The options that every training script has."""
     parser = argparse.ArgumentParser(description=document.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ZOO, help="the folder that gets the model's folder")
