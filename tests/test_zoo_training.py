@@ -1,4 +1,4 @@
-"""How the zoo is made: captions read off known shapes, distances with known values, a loop that survives a kill, scripts that run."""
+"""How the zoo is made: captions of known shapes, distances with known values, a loop that survives a kill, scripts that run."""
 
 import argparse
 import os

@@ -13,8 +13,8 @@ EMOJI = (
 )
 SCHEDULE = "with the schedule of Ho et al. (2020): 1,000 steps, linear betas from 1e-4 to 2e-2"
 LINEAR = (
-    "A score network for x_0 = F z, d = 100, m = 40 (arXiv:2410.05898), variance-exploding. {} F is in `basis.safetensors`, the network "
-    "after fewer training steps in `training/`."
+    "A score network for x_0 = F z, d = 100, m = 40 (arXiv:2410.05898), variance-exploding. {} F is in `basis.safetensors`,\n"
+    "the network after fewer training steps in `training/`."
 )
 DRAWS = "fresh draws of F z, z standard normal"
 # Name: (pipeline class, training script, what it is, data).
@@ -23,12 +23,13 @@ ABOUT = {
     "ddpm-emoji": ("DDPMPipeline", "train_ddpm.py --data emoji", f"A pixel DDPM of emoji, 16x16x3, {SCHEDULE}.", EMOJI),
     "sd-mnist": (
         "StableDiffusionPipeline", "train_sd_mnist.py",
-        "Text to image on digits (*a thick slanted seven*), with planted memorisation: `planted.json` lists 30 phrases that recite one "
-        "training image each, and 30 controls of the same form that are tied to 200 images each.", CAPTIONED,
+        "Text to image on digits (*a thick slanted seven*), with planted memorisation: `planted.json` lists 30 phrases that\n"
+        "recite one training image each, and 30 controls of the same form that are tied to 200 images each.", CAPTIONED,
     ),
     "sd-mnist-v": (
         "StableDiffusionPipeline", "train_sd_mnist.py --prediction v_prediction",
-        "Text to image on digits by v-prediction with a zero-terminal-SNR schedule (arXiv:2305.08891). Nothing is planted.", CAPTIONED,
+        "Text to image on digits by v-prediction with a zero-terminal-SNR schedule (arXiv:2305.08891). Nothing is planted.",
+        CAPTIONED,
     ),
     "dit-mnist": (
         "DiTPipeline", "train_dit_mnist.py",
@@ -36,9 +37,9 @@ ABOUT = {
     ),
     "sd3-mnist": (
         "StableDiffusion3Pipeline", "train_sd3_mnist.py",
-        "Text to image on digits by flow matching with a multimodal diffusion transformer. Both CLIP encoders are the same small one. "
-        "The third encoder is absent: so that the folder loads with no argument, a T5 without layers stands in its place and returns "
-        "the zeros that the pipeline uses where there is none.", CAPTIONED,
+        "Text to image on digits by flow matching with a multimodal diffusion transformer. Both CLIP encoders are the same small\n"
+        "one. The third encoder is absent: so that the folder loads with no argument, a T5 without layers stands in its place and\n"
+        "returns the zeros that the pipeline uses where there is none.", CAPTIONED,
     ),
     "linear-manifold": (
         "GeometryVectorPipeline", "train_linear_manifold.py", LINEAR.format("Entries of F have variance 1/m."), DRAWS,
@@ -166,7 +167,8 @@ def _manifold(name: str, quality: dict[str, Any]) -> list[str]:
     for label, key in (("0.6 <= σ² <= 1", "sigma2_0.6_to_1"), ("σ² <= 0.1", "sigma2_below_0.1")):
         f = quality[key]
         gaps = [", ".join(map(str, f[f"largest_gap_{which}"])) for which in ("trained", "exact")]
-        errors = [f"{f[k]:.4f}" for k in ("mean_error_of_singular_values", "largest_error_of_singular_values", "mean_asymmetry")]
+        measured = ("mean_error_of_singular_values", "largest_error_of_singular_values", "mean_asymmetry")
+        errors = [f"{f[name]:.4f}" for name in measured]
         rows.append([label, str(f["noise_levels"]), *gaps, *errors])
     text = f"""![spectra](spectra.png)
 

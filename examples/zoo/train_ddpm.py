@@ -1,4 +1,4 @@
-"""Train the pixel models: ``ddpm-mnist`` (32x32 digits) or ``ddpm-emoji`` (16x16 colour emoji), with the schedule of Ho et al. (2020).
+"""Train the pixel models with the schedule of Ho et al. (2020): ``ddpm-mnist`` (32x32 digits) or ``ddpm-emoji`` (16x16 colour).
 
 python examples/zoo/train_ddpm.py --data mnist               # about 30 minutes on two cores each; run again to resume
 python examples/zoo/train_ddpm.py --data emoji               # fetches the images with npm on first use

@@ -2,7 +2,7 @@
 
 python examples/zoo/train_linear_manifold.py         # about 10 minutes on two cores; run again to resume after a stop
 
-Entries of column k of F are N(0, tau_k / m): tau = 1, or 1 for twenty columns and 0.1 for the other twenty. Every batch is fresh data.
+Entries of column k of F are N(0, tau_k / m): tau = 1, or 1 for twenty columns and 0.1 for the other twenty. Every batch is fresh.
 F is stored beside the pipeline in ``basis.safetensors``, and the network after fewer steps in ``training/step<N>``.
 """
 

@@ -2,10 +2,10 @@
 
 python examples/zoo/train_sd3_mnist.py         # about 25 minutes on two cores; run again to resume after a stop
 
-Where its third text encoder is absent, StableDiffusion3Pipeline passes 256 zero vectors in its place, but ``from_pretrained`` then wants
-``text_encoder_3=None, tokenizer_3=None``. So that the folder loads with no argument, a T5 without layers stands there and returns
-just these zeros. They stay equal to one another in every layer of the transformer, so that training carries one of them and counts it
-256 times in every attention: the same network for a fraction of the cost.
+Where its third text encoder is absent, StableDiffusion3Pipeline passes 256 zero vectors in its place, but ``from_pretrained`` then
+wants ``text_encoder_3=None, tokenizer_3=None``. So that the folder loads with no argument, a T5 without layers stands there and
+returns just these zeros. They stay equal to one another in every layer of the transformer, so that training carries one of them and
+counts it 256 times in every attention: the same network for a fraction of the cost.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ checkout; only the last one is kept.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -65,7 +66,7 @@ class History:
     def curve(self) -> list[tuple[int, float]]:
         """(last step of the interval, mean loss over it) for at most 100 intervals."""
         edges = torch.linspace(0, len(self.losses), min(CURVE_POINTS, len(self.losses)) + 1).round().long().tolist()
-        means = [sum(self.losses[a:b]) / (b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        means = [sum(self.losses[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
         return list(zip(edges[1:], means, strict=True))
 
 
