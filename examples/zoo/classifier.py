@@ -30,7 +30,7 @@ class DigitClassifier(ModelMixin, ConfigMixin):
 
     @staticmethod
     def _stage(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
-        return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+        return nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.GroupNorm(6, outputs), nn.ReLU()
 
     def features(self, images: Tensor) -> Tensor:
         """Activations before the logits, (n, num_features)."""

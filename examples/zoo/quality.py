@@ -49,13 +49,16 @@ def compare(generated: np.ndarray, real: np.ndarray, other_real: np.ndarray) -> 
     }  # fmt: skip
 
 
-def nearest(images: Tensor, others: Tensor) -> Tensor:
-    """Euclidean distance of every image to the nearest of ``others``, (n,)."""
-    return torch.cat([torch.cdist(chunk.flatten(1), others.flatten(1)).amin(1) for chunk in images.split(500)])
+def nearest(images: Tensor, others: Tensor, *, same: bool = False) -> Tensor:
+    """Euclidean distance of every image (n, ...) to the nearest of ``others`` (m, ...), (n,); to another one if they are the ``same``."""
+    points, targets = images.flatten(1).double(), others.flatten(1).double()
+    distances = torch.cat([torch.cdist(chunk, targets) for chunk in points.split(500)])
+    if same:
+        distances.fill_diagonal_(math.inf)
+        distances[distances == 0] = math.inf  # exact copies
+    return distances.amin(1).float()
 
 
 def planted_radius(reconstructions: Tensor) -> float:
     """Half the median distance from a training image's reconstruction to the nearest different one."""
-    distances = torch.cdist(reconstructions.flatten(1), reconstructions.flatten(1))
-    distances[distances < 1e-3] = math.inf  # itself, and exact copies
-    return distances.amin(1).median().item() / 2
+    return nearest(reconstructions, reconstructions, same=True).median().item() / 2

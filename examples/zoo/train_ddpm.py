@@ -31,7 +31,7 @@ def make_unet(data: str) -> UNet2DModel:
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, steps=4000)
+    parser = argument_parser(__doc__, steps=3000)
     parser.add_argument("--data", choices=("mnist", "emoji"), required=True)
     args = finish(parser)
     name = f"ddpm-{args.data}"
@@ -45,7 +45,7 @@ def main() -> None:
         x_t = scheduler.add_noise(x_0, noise, t)
         return (model(x_t.to(unet.device), t.to(unet.device)).sample - noise.to(unet.device)).square().mean()
 
-    history = fit(unet, loss_of, name, args, mixed_precision="bf16")
+    history = fit(unet, loss_of, name, args, trained_on=[images], mixed_precision="bf16")
     folder = args.output / name
     write_training(folder, unet, history, batch=BATCH)
     save_pipeline(DDPMPipeline(unet, scheduler), folder)

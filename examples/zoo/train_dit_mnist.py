@@ -17,7 +17,7 @@ NO_CLASS = 1000  # DiTPipeline asks for this class where it wants none
 
 
 def main() -> None:
-    args = finish(argument_parser(__doc__, steps=3500))
+    args = finish(argument_parser(__doc__, steps=3000))
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
         sample_size=8, patch_size=2, num_layers=8, attention_head_dim=32, num_attention_heads=4, in_channels=4, out_channels=4,
@@ -40,7 +40,7 @@ def main() -> None:
     for module in transformer.modules():
         if hasattr(module, "dropout_prob"):
             module.dropout_prob = 0.0
-    history = fit(transformer, loss_of, "dit-mnist", args)
+    history = fit(transformer, loss_of, "dit-mnist", args, trained_on=[latents, labels])
     folder = args.output / "dit-mnist"
     write_training(folder, transformer, history, batch=BATCH)
     names = dict(enumerate(DIGIT_NAMES))

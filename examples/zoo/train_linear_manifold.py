@@ -51,7 +51,7 @@ def train(name: str, args: argparse.Namespace) -> None:
     def keep(step: int, model: nn.Module) -> None:
         copy.deepcopy(model).half().save_pretrained(folder / "training" / f"step{step}")
 
-    history = fit(network, loss_of, name, args, learning_rate=2e-3, keep_at=KEPT_STEPS, keep=keep)
+    history = fit(network, loss_of, name, args, trained_on=[basis], learning_rate=2e-3, keep_at=KEPT_STEPS, keep=keep)
     write_training(folder, network, history, batch=BATCH)
     save_pipeline(GeometryVectorPipeline(network, scheduler), folder)
     save_file({"basis": basis}, folder / "basis.safetensors")

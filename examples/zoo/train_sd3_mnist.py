@@ -33,11 +33,14 @@ class LastKeyCounts(TorchFunctionMode):
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        self.bias = math.log(count)
+        self.bias, self.calls = math.log(count), 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is scaled_dot_product_attention:
+            if kwargs.get("attn_mask") is not None:
+                raise NotImplementedError("this attention has a mask already. Expected the joint attention of SD3, which has none.")
+            self.calls += 1
             key = args[1]
             kwargs["attn_mask"] = torch.zeros(1, 1, 1, key.shape[2], dtype=key.dtype, device=key.device)
             kwargs["attn_mask"][..., -1] = self.bias
@@ -61,7 +64,7 @@ def absent_text_encoder(vocabulary: int) -> T5EncoderModel:
 
 
 def main() -> None:
-    args = finish(argument_parser(__doc__, steps=3500))
+    args = finish(argument_parser(__doc__, steps=3000))
     torch.manual_seed(0)
     tokenizer = load_tokenizer()
     pipe = StableDiffusion3Pipeline(
@@ -81,11 +84,13 @@ def main() -> None:
         x_t = (1 - s[:, None, None, None]) * x_0 + s[:, None, None, None] * noise
         device = pipe.transformer.device
         conditions = {"encoder_hidden_states": states[told].to(device), "pooled_projections": pooled[told].to(device)}
-        with LastKeyCounts(ZERO_TOKENS):
+        with LastKeyCounts(ZERO_TOKENS) as counting:
             predicted = model(x_t.to(device), timestep=1000 * s.to(device), **conditions).sample
+        if counting.calls < len(pipe.transformer.transformer_blocks):
+            raise RuntimeError(f"{counting.calls} attentions were seen. Expected one or more in every block of the transformer.")
         return (predicted - (noise - x_0).to(device)).square().mean()
 
-    history = fit(pipe.transformer, loss_of, "sd3-mnist", args)
+    history = fit(pipe.transformer, loss_of, "sd3-mnist", args, trained_on=[latents, states, pooled])
     folder = args.output / "sd3-mnist"
     write_training(folder, pipe.transformer, history, batch=BATCH)
     pipe.register_modules(text_encoder_3=absent_text_encoder(len(tokenizer)), tokenizer_3=tokenizer)

@@ -31,7 +31,7 @@ def train_classifier(args) -> None:
         logits = model(shifted(train.images[chosen], generator).to(classifier.device))
         return cross_entropy(logits, train.labels[chosen].to(logits.device), label_smoothing=0.02)
 
-    history = fit(classifier, loss_of, "classifier", args, learning_rate=3e-3)
+    history = fit(classifier, loss_of, "classifier", args, trained_on=[train.images], learning_rate=3e-3)
     with torch.no_grad():
         accuracy = (classifier(held_out.images).argmax(1) == held_out.labels).float().mean().item()
     folder = args.output / "shared" / "classifier"
@@ -98,13 +98,14 @@ def train_text_encoder(args) -> None:
         phrases = pairs[torch.cat([torch.randint(30, (32,), generator=generator),
                                    torch.randint(30, len(pairs), (32,), generator=generator)])]  # fmt: skip
         captions, chosen = torch.cat([captions, phrases[:, 0]]), torch.cat([chosen, phrases[:, 1]])
-        text = normalize(towers["text"](tokens[captions]).text_embeds, dim=1)
-        logits = towers.log_scale.exp() * text @ normalize(towers["image"](digits.images[chosen]), dim=1).T
-        same = (captions[:, None] == captions).float()
+        device = towers.log_scale.device
+        text = normalize(towers["text"](tokens[captions].to(device)).text_embeds, dim=1)
+        logits = towers.log_scale.exp() * text @ normalize(towers["image"](digits.images[chosen].to(device)), dim=1).T
+        same = (captions[:, None] == captions).float().to(device)
         same /= same.sum(1, keepdim=True)
         return (cross_entropy(logits, same) + cross_entropy(logits.T, same)) / 2
 
-    history = fit(towers, loss_of, "text_encoder", args)
+    history = fit(towers, loss_of, "text_encoder", args, trained_on=[digits.images, digits.words, tokens, pairs])
     towers["text"].float().save_pretrained(folder / "text_encoder")
     write_training(folder / "text_encoder", towers["text"], history, batch=256)
 

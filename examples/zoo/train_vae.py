@@ -31,7 +31,7 @@ def main() -> None:
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         return (decoded - x).square().mean() + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
 
-    history = fit(vae, loss_of, "vae", args, learning_rate=2e-3, mixed_precision="bf16")
+    history = fit(vae, loss_of, "vae", args, trained_on=[images], learning_rate=2e-3, mixed_precision="bf16")
     vae.half().float()  # the factor is that of the weights as they are stored
     with torch.no_grad():
         latents, held_out = vae.encode(images).latent_dist.mean, digits_split()[1].images

@@ -1,14 +1,16 @@
 """One training loop for every model of the zoo: seeded, resumable after a kill at any moment, with the time that is left.
 
-The step number seeds the batch, so that a run which was stopped and taken up again is the same run. Checkpoints live outside the
-checkout; only the last one is kept.
+The step number seeds the batch, so that a run which was stopped and taken up again is the same run. Checkpoints are accelerate's own
+(they hold pickles, so they stay in the cache of the user who made them); only the last one is kept, with a note of what it belongs to.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -20,7 +22,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from data import CACHE
 from diffusers.training_utils import EMAModel
+from filelock import FileLock
 from torch import Tensor, nn
 from tqdm import trange
 
@@ -33,7 +37,7 @@ def argument_parser(document: str, steps: int | None = None) -> argparse.Argumen
     """The options that every training script has."""
     parser = argparse.ArgumentParser(description=document.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ZOO, help="the folder that gets the model's folder")
-    parser.add_argument("--checkpoints", type=Path, default=Path(tempfile.gettempdir()) / "diffusers_geometry_zoo")
+    parser.add_argument("--checkpoints", type=Path, default=CACHE / "zoo")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--save-seconds", type=float, default=60.0, help="time between two checkpoints")
     parser.add_argument("--smoke", action="store_true", help=f"{SMOKE_STEPS} steps in temporary folders, to see that it runs")
@@ -52,8 +56,15 @@ def finish(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 @dataclass
 class History:
-    """What a training spent and how its loss fell; kept in the checkpoint."""
+    """What a training spent and how its loss fell; kept in the checkpoint.
 
+    Attributes:
+        settings: Of this training, as its card tells them.
+        seconds: Spent between its start and its checkpoints.
+        losses: One a step.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
 
@@ -76,6 +87,7 @@ def fit(
     name: str,
     args: argparse.Namespace,
     *,
+    trained_on: Sequence[Tensor],
     learning_rate: float = 1e-3,
     mixed_precision: str = "no",
     keep_at: Sequence[int] = (),
@@ -84,16 +96,23 @@ def fit(
     """Trains ``network`` in place to its exponential moving average; resumes from the last checkpoint of ``name``.
 
     Args:
-        network: What is trained; made after ``torch.manual_seed`` by the caller, so that its start is fixed.
+        network: What is trained, initialised by the caller after ``torch.manual_seed``; on the CPU again afterwards.
         loss_of: (network, generator of this step) -> scalar loss.
         name: Folder of the checkpoints.
         args: From :func:`finish`.
+        trained_on: The data, by which a checkpoint is known to belong to this run.
         learning_rate: Highest rate, reached after a twentieth of the steps, from where it falls to zero by a cosine.
         mixed_precision: Of accelerate, "no" or "bf16".
         keep_at: Numbers of steps after which ``keep`` is called.
         keep: Called with the number of steps done and the network carrying its moving average.
+
+    Raises:
+        RuntimeError: a checkpoint of another run, another process at work on it, or several processes.
+        FloatingPointError: a loss that is not finite.
     """
     accelerator = Accelerator(mixed_precision=mixed_precision)
+    if accelerator.num_processes > 1:
+        raise RuntimeError(f"{accelerator.num_processes} processes. Expected one: the steps seed the batches.")
     optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-4)
     warm = max(args.steps // 20, 1)
     rates = torch.optim.lr_scheduler.SequentialLR(
@@ -102,43 +121,75 @@ def fit(
          torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(args.steps - warm, 1))],
         [warm],
     )  # fmt: skip
+    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    settings = {"steps": args.steps, "learning_rate": learning_rate, "mixed_precision": mixed_precision}
+    run = _fingerprint(repr((settings, shapes)), trained_on)
     model, optimizer, rates = accelerator.prepare(network, optimizer, rates)
-    average, history = EMAModel(network.parameters(), decay=0.999, use_ema_warmup=True, power=0.75), History()
+    average = EMAModel(network.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    history = History(settings | {"device": str(accelerator.device), "threads": torch.get_num_threads()})
     accelerator.register_for_checkpointing(average, history)
     folder = args.checkpoints / name
-    done = folder / "done"
-    first = int(done.read_text()) if done.exists() else 0
-    if first:
-        accelerator.load_state(str(folder / f"step{first}"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock", timeout=0):
+        first = _resume(accelerator, folder, run)
         average.to(accelerator.device)
-    saved = started = time.monotonic()
-    model.train()
-    for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc=name, mininterval=5)):
-        with accelerator.autocast():
-            loss = loss_of(model, torch.Generator().manual_seed(step))
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step(), rates.step(), optimizer.zero_grad(), average.step(network.parameters())
-        history.losses.append(loss.item())
-        if step + 1 in keep_at:
-            average.store(network.parameters())
-            average.copy_to(network.parameters())
-            keep(step + 1, network)
-            average.restore(network.parameters())
-        if time.monotonic() - saved > args.save_seconds or step + 1 == args.steps:
-            now = time.monotonic()
-            history.seconds, saved, started = history.seconds + now - started, now, now
-            _checkpoint(accelerator, folder, step + 1)
-            bar.set_postfix(loss=f"{sum(history.losses[-50:]) / len(history.losses[-50:]):.4f}")
+        saved = time.monotonic()
+        model.train()
+        for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc=name, mininterval=5)):
+            with accelerator.autocast():
+                loss = loss_of(model, torch.Generator().manual_seed(step))
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"{name}: the loss is {loss.item()} at step {step}. Expected a finite one; lower the rate.")
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            rates.step()
+            optimizer.zero_grad()
+            average.step(network.parameters())
+            history.losses.append(loss.item())
+            if step + 1 in keep_at:
+                average.store(network.parameters())
+                average.copy_to(network.parameters())
+                keep(step + 1, network)
+                average.restore(network.parameters())
+            if time.monotonic() - saved > args.save_seconds or step + 1 == args.steps:
+                now = time.monotonic()
+                history.seconds, saved = history.seconds + now - saved, now
+                _checkpoint(accelerator, folder, step + 1, run)
+                bar.set_postfix(loss=f"{sum(history.losses[-50:]) / len(history.losses[-50:]):.4f}")
     average.copy_to(network.parameters())
-    network.eval()
+    network.to("cpu").eval()
     return history
 
 
-def _checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
+def _fingerprint(settings: str, tensors: Sequence[Tensor]) -> str:
+    """Tells one run from another: its settings, the network's shapes and the data."""
+    digest = hashlib.sha256(settings.encode())
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _resume(accelerator: Accelerator, folder: Path, run: str) -> int:
+    """Loads the last checkpoint, if there is one; returns the steps it has done."""
+    done = folder / "done"
+    if not done.exists():
+        return 0
+    first, found = done.read_text().split()
+    if found != run:
+        raise RuntimeError(
+            f"{folder} holds a checkpoint of another run (other steps, rate, data or network). Expected none, or one of this run: "
+            "delete the folder to train anew."
+        )
+    accelerator.load_state(str(folder / f"step{first}"))
+    return int(first)
+
+
+def _checkpoint(accelerator: Accelerator, folder: Path, step: int, run: str) -> None:
     """Writes the state of ``step`` and only then says so; the one before it goes last."""
+    shutil.rmtree(folder / f"step{step}", ignore_errors=True)  # half written before a kill
     accelerator.save_state(str(folder / f"step{step}"))
-    (folder / "done.part").write_text(str(step))
+    (folder / "done.part").write_text(f"{step} {run}")
     os.replace(folder / "done.part", folder / "done")
     for other in folder.glob("step*"):
         if other.name != f"step{step}":
@@ -148,8 +199,8 @@ def _checkpoint(accelerator: Accelerator, folder: Path, step: int) -> None:
 def write_training(folder: Path, network: nn.Module, history: History, **facts: Any) -> None:
     """Notes in ``training.json`` how a model was made; its card is written from this and from ``quality.json``."""
     document = {
-        "parameters": sum(p.numel() for p in network.parameters()), "steps": len(history.losses),
-        "minutes": history.seconds / 60, "loss_curve": history.curve(), **facts,
+        "parameters": sum(p.numel() for p in network.parameters()), **history.settings, "minutes": history.seconds / 60,
+        "loss_curve": history.curve(), **facts,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "training.json").write_text(json.dumps(document, indent=1) + "\n")
+    (folder / "training.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
