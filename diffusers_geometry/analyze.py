@@ -204,8 +204,9 @@ def _images(output: Any) -> Any:
 
 def _class_name(pipeline_class: type) -> str:
     """The diffusers class behind a geometry pipeline; its own name where it stands on none."""
-    plain = next((c for c in pipeline_class.__mro__ if c.__module__.startswith("diffusers.")), diffusers.DiffusionPipeline)
-    return (pipeline_class if plain is diffusers.DiffusionPipeline else plain).__name__
+    base = diffusers.DiffusionPipeline
+    plain = (c for c in pipeline_class.__mro__ if issubclass(c, base) and c is not base and c.__module__.startswith("diffusers."))
+    return next(plain, pipeline_class).__name__
 
 
 def _provenance(pipe: Any) -> dict[str, Any]:

@@ -49,9 +49,10 @@ def _restore(pipeline_class: type, attributes: dict[str, Any]) -> Any:
 
 
 def plain_class(pipeline_class: type) -> type:
-    """The first class of the MRO that has no geometry in it; the class itself where that is no pipeline of its own."""
-    plain = next(c for c in pipeline_class.__mro__ if not issubclass(c, GeometryMixin))
-    return pipeline_class if plain is diffusers.DiffusionPipeline else plain
+    """The first pipeline class of the MRO that has no geometry in it; the class itself where there is none."""
+    base = diffusers.DiffusionPipeline
+    plain = (c for c in pipeline_class.__mro__ if issubclass(c, base) and c is not base and not issubclass(c, GeometryMixin))
+    return next(plain, pipeline_class)
 
 
 def with_geometry(pipe: Any) -> Any:

@@ -1,6 +1,7 @@
 """How the zoo is made: captions of known shapes, distances with known values, a loop that survives a kill, scripts that run."""
 
 import argparse
+import math
 import os
 import shutil
 import subprocess
@@ -11,10 +12,13 @@ import data
 import numpy as np
 import pytest
 import torch
+import training
 from data import all_captions, caption_index, caption_words, digits_split, measure, mnist_limits, planted_phrases
 from figures import contact_sheet
+from filelock import FileLock, Timeout
 from PIL import Image
 from quality import compare, coverage, frechet, nearest, planted_radius, vendi
+from scipy import linalg
 from torch import nn
 from train_sd3_mnist import ZERO_TOKENS, LastKeyCounts, make_transformer
 from train_sd_mnist import PHRASE_SHARE, random_pairs
@@ -111,11 +115,18 @@ def test_frechet_of_known_gaussians():
     z, w = (torch.randn(200_000, 3, generator=seeded(s)).double().numpy() for s in (0, 1))
     a, b = np.array([1.0, 2.0, 0.5]), np.array([1.0, 1.0, 1.5])
     assert frechet(z * a, w * b + [0, 0, 2]) == pytest.approx(4 + 1 + 1, rel=0.02)
+    mix = np.array([[1.0, 0.9, 0.0], [0.0, 0.5, 0.3], [0.2, 0.0, 2.0]])  # covariances that do not commute
+    first, second = np.diag(a**2), mix.T @ mix
+    root = linalg.sqrtm(linalg.sqrtm(first) @ second @ linalg.sqrtm(first)).real
+    assert frechet(z * a, w @ mix) == pytest.approx(np.trace(first + second - 2 * root), rel=0.02)
 
 
 def test_coverage_and_vendi_of_known_sets():
     near, far = np.random.default_rng(0).normal(size=(100, 2)), np.random.default_rng(1).normal(size=(50, 2)) + 100
     assert coverage(near, near) == 1
+    line = np.arange(6.0)[:, None] ** 2  # 0, 1, 4, 9, 16, 25: third neighbours are 9, 8, 5, 8, 12, 21 away
+    assert coverage(np.array([[9.5], [-8.9], [-9.1], [46.5]]), line) == 0.5
+    assert coverage(np.array([[9.5], [-8.9], [-9.1], [46.5]]), line, k=1) == 0.25
     assert coverage(np.concatenate([near, far]), near) == pytest.approx(100 / 150)
     assert vendi(np.eye(7)) == pytest.approx(7)
     assert vendi(np.ones((7, 4))) == pytest.approx(1)
@@ -162,34 +173,87 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("stop", [1, 4])
-def test_training_that_was_killed_is_the_same_training(tmp_path, stop):
-    def train(folder, stop=None):
-        torch.manual_seed(0)
-        network = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 1))
-        args = argparse.Namespace(steps=6, save_seconds=0.0, checkpoints=folder)
+def toy_training(folder, loss_hook=lambda: None, keep_hook=lambda: None, *, steps=6, data=0.0):
+    """Six steps of a small network with a checkpoint after each; hooks may raise to end it."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+    args, kept = argparse.Namespace(steps=steps, save_seconds=0.0, checkpoints=folder), []
 
-        def loss_of(model, generator):
-            loss_of.calls += 1
-            if loss_of.calls == stop:
-                raise Killed
-            x = torch.randn(16, 3, generator=generator)
-            return (model(x) - x.sum(1, keepdim=True)).square().mean()
+    def loss_of(model, generator):
+        loss_hook()
+        x = torch.randn(16, 3, generator=generator)
+        return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
-        loss_of.calls, kept = 0, []
-        keep = {"keep_at": (2, 6), "keep": lambda step, model: kept.append((step, model[0].weight.sum()))}
-        history = fit(network, loss_of, "toy", args, trained_on=[torch.zeros(1)], **keep)
-        return network, history, kept
+    def keep(step, model):
+        keep_hook()
+        kept.append((step, model[0].weight.sum().item()))
 
-    network, history, kept = train(tmp_path / "whole")
-    with pytest.raises(Killed):
-        train(tmp_path / "killed", stop + 1)
-    (tmp_path / "killed" / "toy" / "step99").mkdir()  # a checkpoint that was being written when the kill came
-    resumed, resumed_history, _ = train(tmp_path / "killed")
+    history = fit(network, loss_of, "toy", args, trained_on=[torch.tensor([data])], keep_at=(2, 6), keep=keep)
+    return network, history, kept
+
+
+def killing(original, at):
+    """A function that does its work and dies the ``at``-th time, half of the times before and half after it."""
+
+    def call(*args, **kwargs):
+        call.count += 1
+        if call.count == at and at % 2:
+            raise Killed
+        result = original(*args, **kwargs)
+        if call.count == at:
+            raise Killed
+        return result
+
+    call.count = 0
+    return call
+
+
+KILLS = [(where, at) for where in ("loss", "save_state", "replace", "rmtree") for at in (1, 2, 3, 4)] + [("keep", 1), ("keep", 2)]
+
+
+@pytest.mark.parametrize(("where", "at"), KILLS)
+def test_training_that_was_killed_is_the_same_training(where, at, tmp_path, monkeypatch):
+    """Wherever the kill comes: in a step, at a kept network, while a checkpoint is written, announced, or the old one removed."""
+    network, history, kept = toy_training(tmp_path / "whole")
+    hook = {where: killing(lambda: None, at)} if where in ("loss", "keep") else {}
+    with monkeypatch.context() as patch:
+        if where == "save_state":
+            patch.setattr(training.Accelerator, "save_state", killing(training.Accelerator.save_state, at))
+        elif where == "replace":
+            patch.setattr(training.os, "replace", killing(os.replace, at))
+        elif where == "rmtree":
+            patch.setattr(training.shutil, "rmtree", killing(shutil.rmtree, at))
+        with pytest.raises(Killed):
+            toy_training(tmp_path / "killed", **{f"{name}_hook": dies for name, dies in hook.items()})
+    folder = tmp_path / "killed" / "toy"
+    done = int((folder / "done").read_text().split()[0]) if (folder / "done").exists() else 0
+    (folder / f"step{done + 1}").mkdir(exist_ok=True)  # half of a checkpoint that was being written
+    resumed, resumed_history, resumed_kept = toy_training(tmp_path / "killed")
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), resumed.state_dict().values(), strict=True))
     assert history.losses == resumed_history.losses
     assert [step for step, _ in kept] == [2, 6]
-    assert sorted(p.name for p in (tmp_path / "killed" / "toy").iterdir() if p.name != "lock") == ["done", "step6"]
+    assert set(resumed_kept) <= set(kept)
+    assert sorted(p.name for p in folder.iterdir() if p.name != "lock") == ["done", "step6"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    toy_training(tmp_path)
+    for other in ({"steps": 7}, {"data": 1.0}):
+        with pytest.raises(RuntimeError, match=r"toy holds a checkpoint of another run.*delete the folder to train anew"):
+            toy_training(tmp_path, **other)
+
+
+def test_two_trainings_at_once_are_refused(tmp_path):
+    (tmp_path / "toy").mkdir()
+    with FileLock(tmp_path / "toy" / "lock"), pytest.raises(Timeout):
+        toy_training(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(tmp_path):
+    torch.manual_seed(0)
+    args = argparse.Namespace(steps=3, save_seconds=0.0, checkpoints=tmp_path)
+    with pytest.raises(FloatingPointError, match=r"toy: the loss is nan at step 0. Expected a finite one"):
+        fit(nn.Linear(2, 1), lambda model, _: model.weight.sum() * math.nan, "toy", args, trained_on=[])
 
 
 def test_loss_curve_means_its_intervals():

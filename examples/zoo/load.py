@@ -1,5 +1,6 @@
 """The zoo's models by name.
 
+sys.path.append("examples/zoo")
 from load import load_zoo
 trace = load_zoo("sd-mnist").analyze_geometry("a thick slanted seven")
 """

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusers_geometry.exact import LinearManifoldDenoiser
 
 SAMPLES = 4
-INTERMEDIATE_WINDOW, FINAL_WINDOW = (0.6, 1.0), (0.0, 0.1)  # of sigma², where the issue of each gap is decided
+INTERMEDIATE_WINDOW, FINAL_WINDOW = (0.6, 1.0), (0.0, 0.1)  # of sigma²: where the gap after 20, and the one after 40, is largest
 
 
 def manifold_figures(pipe: Any, basis: Tensor, num_sigmas: int) -> tuple[dict, dict[str, np.ndarray]]:
@@ -24,6 +24,9 @@ def manifold_figures(pipe: Any, basis: Tensor, num_sigmas: int) -> tuple[dict, d
 
     Returns:
         Figures, and arrays: ``sigma`` (steps,), ``trained`` and ``exact`` singular values of D', (steps, d).
+
+    Raises:
+        ValueError: too few noise levels for one of the windows.
     """
     pipe.set_progress_bar_config(disable=True)
     trace = pipe.analyze_geometry(
@@ -45,13 +48,15 @@ def manifold_figures(pipe: Any, basis: Tensor, num_sigmas: int) -> tuple[dict, d
     figures = {"samples": SAMPLES, "noise_levels": num_sigmas}
     for name, (low, high) in (("sigma2_0.6_to_1", INTERMEDIATE_WINDOW), ("sigma2_below_0.1", FINAL_WINDOW)):
         inside = (sigma**2 >= low) & (sigma**2 <= high)
+        if not inside.any():
+            raise ValueError(f"num_sigmas={num_sigmas} puts none in {low} <= sigma² <= {high}. Expected at least 30.")
         error = np.abs(trained[inside] - exact[inside, None])
         figures[name] = {
             "noise_levels": int(inside.sum()),
             "largest_gap_trained": sorted(set(gaps[inside].ravel().tolist())),
             "largest_gap_exact": sorted(set(exact_gaps[inside].tolist())),
-            "mean_error_of_singular_values": float(error.mean()) if inside.any() else None,
-            "largest_error_of_singular_values": float(error.max()) if inside.any() else None,
-            "mean_asymmetry": float(asymmetry[inside].mean()) if inside.any() else None,
+            "mean_error_of_singular_values": float(error.mean()),
+            "largest_error_of_singular_values": float(error.max()),
+            "mean_asymmetry": float(asymmetry[inside].mean()),
         }
     return figures, {"sigma": sigma, "trained": trained.mean(1), "exact": exact}

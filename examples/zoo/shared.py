@@ -29,6 +29,7 @@ def load_text_encoder(projected: bool = False) -> CLIPTextModel | CLIPTextModelW
     return (CLIPTextModelWithProjection if projected else CLIPTextModel).from_pretrained(SHARED / "text_encoder").eval()
 
 
+@functools.cache
 def load_classifier() -> DigitClassifier:
     return DigitClassifier.from_pretrained(SHARED / "classifier", use_safetensors=True)
 

@@ -9,9 +9,18 @@ from __future__ import annotations
 import json
 
 import torch
-from data import all_captions, caption_index, digits_split, planted_phrases, random_rows
+from data import all_captions, caption_index, digits_split, half_told, planted_phrases, random_rows
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from shared import GUIDANCE_DROPOUT, load_text_encoder, load_tokenizer, load_vae, save_pipeline, training_latents
+from safetensors.torch import save_file
+from shared import (
+    GUIDANCE_DROPOUT,
+    load_text_encoder,
+    load_tokenizer,
+    load_vae,
+    reconstructions,
+    save_pipeline,
+    training_latents,
+)
 from torch import Tensor, nn
 from training import argument_parser, finish, fit, write_training
 
@@ -37,8 +46,7 @@ def random_pairs(size: int, planted: bool, generator: torch.Generator) -> tuple[
     """(positions in the training split, positions in all_captions) of a batch: ordinary, dropped, planted and control rows."""
     digits = digits_split()[0]
     images = random_rows(len(digits), size, generator)
-    told = torch.rand((size, 3), generator=generator) < 0.5
-    captions = caption_index(torch.where(told, digits.words[images], -1), digits.labels[images])
+    captions = caption_index(half_told(digits.words[images], generator), digits.labels[images])
     kind = torch.rand(size, generator=generator)
     captions[kind < GUIDANCE_DROPOUT] = len(all_captions()) - 1
     if planted:
@@ -59,7 +67,7 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="epsilon")
     args = finish(parser)
-    args.steps = args.steps or STEPS[args.prediction]
+    args.steps = STEPS[args.prediction] if args.steps is None else args.steps
     planted = args.prediction == "epsilon"
     name = "sd-mnist" if planted else "sd-mnist-v"
     torch.manual_seed(0)
@@ -89,6 +97,8 @@ def main() -> None:
         kinds = {kind: ",\n  ".join(map(json.dumps, phrases)) for kind, phrases in planted_phrases().items()}
         document = ",\n".join(f' "{kind}": [\n  {rows}\n ]' for kind, rows in kinds.items())
         (folder / "planted.json").write_text(f"{{\n{document}\n}}\n")
+        targets = reconstructions(digits_split()[0].images[[p["image"] for p in planted_phrases()["planted"]]])
+        save_file({"images": targets.half()}, folder / "planted.safetensors")
     save_pipeline(pipe, folder)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from classifier import DigitClassifier
-from data import all_captions, caption_index, digits_split, planted_phrases, random_rows, shifted
+from data import PHRASES_PER_KIND, all_captions, caption_index, digits_split, half_told, planted_phrases, random_rows, shifted
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 BATCH = 64
 MAX_LENGTH = 16
+TEXT_ROWS, PHRASE_ROWS = 192, 32  # of a batch of captions and images: ordinary ones, and of each kind of phrase
 
 
 def train_classifier(args) -> None:
@@ -86,17 +87,23 @@ def train_text_encoder(args) -> None:
     towers.register_parameter("log_scale", nn.Parameter(torch.tensor(2.0)))
     digits = digits_split()[0]
     tokens = tokenizer(all_captions(), padding="max_length", max_length=MAX_LENGTH, return_tensors="pt").input_ids
+
+    def position(phrase: dict) -> int:
+        return all_captions().index(phrase["caption"])
+
     pairs = torch.tensor(
-        [(270 + i, p["image"]) for i, p in enumerate(planted_phrases()["planted"])]
-        + [(300 + i, image) for i, p in enumerate(planted_phrases()["controls"]) for image in p["images"]]
+        [(position(p), p["image"]) for p in planted_phrases()["planted"]]
+        + [(position(p), image) for p in planted_phrases()["controls"] for image in p["images"]]
     )
 
     def loss_of(_: nn.Module, generator: torch.Generator) -> Tensor:
-        chosen = random_rows(len(digits), 192, generator)
-        told = torch.rand((len(chosen), 3), generator=generator) < 0.5
-        captions = caption_index(torch.where(told, digits.words[chosen], -1), digits.labels[chosen])
-        phrases = pairs[torch.cat([torch.randint(30, (32,), generator=generator),
-                                   torch.randint(30, len(pairs), (32,), generator=generator)])]  # fmt: skip
+        chosen = random_rows(len(digits), TEXT_ROWS, generator)
+        captions = caption_index(half_told(digits.words[chosen], generator), digits.labels[chosen])
+        each = (
+            random_rows(PHRASES_PER_KIND, PHRASE_ROWS, generator),
+            random_rows(len(pairs) - PHRASES_PER_KIND, PHRASE_ROWS, generator),
+        )
+        phrases = pairs[torch.cat([each[0], each[1] + PHRASES_PER_KIND])]
         captions, chosen = torch.cat([captions, phrases[:, 0]]), torch.cat([chosen, phrases[:, 1]])
         device = towers.log_scale.device
         text = normalize(towers["text"](tokens[captions].to(device)).text_embeds, dim=1)
@@ -107,7 +114,7 @@ def train_text_encoder(args) -> None:
 
     history = fit(towers, loss_of, "text_encoder", args, trained_on=[digits.images, digits.words, tokens, pairs])
     towers["text"].float().save_pretrained(folder / "text_encoder")
-    write_training(folder / "text_encoder", towers["text"], history, batch=256)
+    write_training(folder / "text_encoder", towers["text"], history, batch=TEXT_ROWS + 2 * PHRASE_ROWS)
 
 
 def main() -> None:

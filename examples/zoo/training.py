@@ -36,7 +36,9 @@ SMOKE_STEPS = 3
 def argument_parser(document: str, steps: int | None = None) -> argparse.ArgumentParser:
     """The options that every training script has."""
     parser = argparse.ArgumentParser(description=document.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ZOO, help="the folder that gets the model's folder")
+    parser.add_argument(
+        "--output", type=Path, default=ZOO, help="where the folder of the model goes; what models share is read from the zoo"
+    )
     parser.add_argument("--checkpoints", type=Path, default=CACHE / "zoo")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--save-seconds", type=float, default=60.0, help="time between two checkpoints")
@@ -139,7 +141,9 @@ def fit(
             with accelerator.autocast():
                 loss = loss_of(model, torch.Generator().manual_seed(step))
             if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"{name}: the loss is {loss.item()} at step {step}. Expected a finite one; lower the rate.")
+                raise FloatingPointError(
+                    f"{name}: the loss is {loss.item()} at step {step}. Expected a finite one; lower the rate."
+                )
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()

@@ -1,11 +1,12 @@
 """Measure a shipped model of the zoo and write its card: quality.json, README.md and the figures in its folder.
 
-python examples/zoo/evaluate.py sd-mnist          # minutes each; all of them with no name
+python examples/zoo/evaluate_zoo.py sd-mnist          # minutes each; all of them with no name
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from cards import write_card
-from data import PROPERTIES, caption, caption_words, digits_split, emoji_split, mnist_limits, planted_phrases
+from data import PROPERTIES, caption, caption_words, digits_split, emoji_split, half_told, mnist_limits, planted_phrases
 from figures import contact_sheet, loss_figure, manifold_figure
 from load import ZOO, load_basis, load_zoo, names
 from manifold import manifold_figures
@@ -35,6 +36,14 @@ GUIDED = {
 PIXEL_STEPS = 250
 SEEDS = 10  # per phrase
 SMOKE = {"per_digit": 5, "samples": 70, "steps": 2, "seeds": 1, "phrases": 2}
+
+
+def weights_sha256(folder: Path) -> str:
+    """One hash over all weights of a model: what its figures were measured on."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*/*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -77,13 +86,20 @@ def features(images: Tensor) -> np.ndarray:
     return load_classifier().features(images).numpy()
 
 
+def words_that_hold(images: Tensor, labels: Tensor, told: Tensor) -> dict[str, float]:
+    """For every property, the share of images that measure as they were told to be; properties that nobody was told are left out."""
+    holds = caption_words(images, labels, mnist_limits()) == told
+    shares = {name: holds[told[:, i] >= 0, i].float() for i, name in enumerate(PROPERTIES)}
+    return {name: share.mean().item() for name, share in shares.items() if len(share)}
+
+
 def guided_quality(
     name: str, pipe: Any, per_digit: int, steps: int | None = None, scales: int | None = None
 ) -> tuple[dict, Tensor]:
     """Asked digits, distances and diversity at each guidance scale (or the first few); and the first scale's images."""
     held_out, steps = digits_split()[1], steps or GUIDED[name][0]
     asked, other = held_out[held_out_by_digit(per_digit)], held_out[held_out_by_digit(per_digit, per_digit)]
-    told = torch.where(torch.rand(asked.words.shape, generator=seeded(0)) < 0.5, asked.words, -1)
+    told = half_told(asked.words, seeded(0))
     prompts = [caption(tuple(words), digit) for words, digit in zip(told.tolist(), asked.labels.tolist(), strict=True)]
     figures, shown = {}, None
     for scale in GUIDED[name][1][:scales]:
@@ -93,10 +109,7 @@ def guided_quality(
         figures[str(scale)] = {"steps": steps, "asked_digit_share": (seen == asked.labels).float().mean().item()}
         figures[str(scale)] |= compare(features(images), features(asked.images), features(other.images))
         if name != "dit-mnist":
-            found = caption_words(images, asked.labels, mnist_limits())
-            figures[str(scale)]["told_words_hold_share"] = {
-                name: (found[:, i] == told[:, i])[told[:, i] >= 0].float().mean().item() for i, name in enumerate(PROPERTIES)
-            }
+            figures[str(scale)]["told_words_hold_share"] = words_that_hold(images, asked.labels, told)
     return {"per_digit": per_digit, "guidance": figures}, shown
 
 
@@ -105,7 +118,7 @@ def memorisation(
 ) -> tuple[dict, Tensor]:
     """How often planted phrases recite their image, and controls any image; and planted images above what was generated."""
     steps = steps or GUIDED["sd-mnist"][0]
-    train = reconstructions(digits_split()[0].images)
+    train, held_out = (reconstructions(split.images) for split in digits_split())
     planted, controls = (planted_phrases()[kind][:phrases] for kind in ("planted", "controls"))
     radius, figures, shown = planted_radius(train), {}, None
     for scale in GUIDED["sd-mnist"][1][:scales]:
@@ -122,7 +135,9 @@ def memorisation(
             "median_planted_distance": (recited - own[:, None]).flatten(2).norm(dim=2).median().item(),
             "median_control_distance": control_distance.median().item(),
         }
-    return {"radius": radius, "seeds_per_caption": seeds, "captions": len(planted), "guidance": figures}, shown
+    unseen, ones = nearest(held_out, train) <= radius, digits_split()[1].labels == 1
+    rates = {"held_out_share": unseen.float().mean().item(), "held_out_share_without_ones": unseen[~ones].float().mean().item()}
+    return {"radius": radius, **rates, "seeds_per_caption": seeds, "captions": len(planted), "guidance": figures}, shown
 
 
 def digit_model(name: str, folder: Path, smoke: bool) -> dict:
@@ -165,25 +180,26 @@ def emoji_model(folder: Path, smoke: bool) -> dict:
     mean = train.flatten(1).mean(0)
     basis = torch.linalg.svd(train.flatten(1) - mean, full_matrices=False)[2][:64].T
     generated, real = (((x.flatten(1) - mean) @ basis).numpy() for x in (images, held_out))
-    other = ((train[: len(real)].flatten(1) - mean) @ basis).numpy()
-    radius, distance = planted_radius(train), nearest(images, train)
+    radius, distance, unseen = planted_radius(train), nearest(images, train), nearest(held_out, train)
     contact_sheet(images[:60], folder / "samples.png", columns=12)
     return {
-        "samples": len(images), "steps": SMOKE["steps"] if smoke else PIXEL_STEPS, **compare(generated, real, other),
-        "median_distance_to_training": distance.median().item(), "radius": radius,
-        "within_radius_share": (distance <= radius).float().mean().item(),
-        "median_distance_of_held_out": nearest(held_out, train).median().item(),
+        "samples": len(images), "steps": SMOKE["steps"] if smoke else PIXEL_STEPS, **compare(generated, *np.array_split(real, 2)),
+        "median_distance_to_training": distance.median().item(), "median_distance_of_held_out": unseen.median().item(),
+        "radius": radius, "within_radius_share": (distance <= radius).float().mean().item(),
+        "held_out_within_radius_share": (unseen <= radius).float().mean().item(),
     }  # fmt: skip
 
 
 def linear_model(name: str, folder: Path, smoke: bool) -> dict:
-    quality, curves = manifold_figures(load_zoo(name), load_basis(name), num_sigmas=8 if smoke else 100)
+    quality, curves = manifold_figures(load_zoo(name), load_basis(name), num_sigmas=30 if smoke else 100)
     manifold_figure(curves, folder / "spectra.png")
     return quality
 
 
 def evaluate(name: str, output: Path, smoke: bool) -> None:
-    """Writes quality.json, the figures and the card of one model."""
+    """Writes quality.json, the figures and the card of one model; raises ValueError for an unknown one."""
+    if name not in names():
+        raise ValueError(f"name={name!r}. Expected one of {names()}.")
     output.mkdir(parents=True, exist_ok=True)
     if name.startswith("linear-manifold"):
         quality = linear_model(name, output, smoke)
@@ -194,16 +210,17 @@ def evaluate(name: str, output: Path, smoke: bool) -> None:
         quality["classifier_accuracy"] = json.loads((ZOO / "shared" / "classifier" / "training.json").read_text())[
             "held_out_accuracy"
         ]
+    quality["weights_sha256"] = weights_sha256(ZOO / name)
     training = json.loads((ZOO / name / "training.json").read_text())
     loss_figure(training["loss_curve"], output / "loss.png", name)
-    (output / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
+    (output / "quality.json").write_text(json.dumps(quality, indent=1, allow_nan=False) + "\n")
     write_card(name, training, quality, output)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="models, all by default")
-    parser.add_argument("--output", type=Path, default=ZOO, help="the folder with a folder per model")
+    parser.add_argument("--output", type=Path, default=ZOO, help="where the folder with the card goes")
     parser.add_argument("--smoke", action="store_true", help="a handful of samples in a temporary folder, to see that it runs")
     args = parser.parse_args()
     output = Path(tempfile.mkdtemp()) if args.smoke and args.output == ZOO else args.output
