@@ -1,4 +1,4 @@
-"""The closed forms of a linear manifold, against printed samples, against each other for random parameters, and against matrices."""
+"""The closed forms of a linear manifold, against printed samples, each other for random parameters, and matrices."""
 
 import math
 

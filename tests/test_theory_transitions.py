@@ -91,7 +91,7 @@ def test_a_function_is_taken_as_an_activation():
 
 
 def test_brute_force_of_sign():
-    """p = 4, d = 12, all sign patterns of W z met by sampling z: the finite model is near its limit, and below a line through it."""
+    """p = 4, d = 12, all sign patterns of W z met by sampling z: the finite model is near its limit."""
     rng, t = np.random.default_rng(0), 0.3
     decay, noise = math.exp(-t), -math.expm1(-2 * t)
     informations = []

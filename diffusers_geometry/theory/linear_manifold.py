@@ -1,8 +1,8 @@
 """The closed forms of a linear manifold: spectra, gaps and phases of x_0 = F z over the noise (Ventura et al., arXiv:2410.05898).
 
-z ~ N(0, I_m) and F is d x m with independent Gaussian entries; a share f_k of its columns has entry variance tau_k / m (``norm="m"``)
-or tau_k / d (``norm="d"``, eigenvalues alpha times as large). With alpha = m / d and t = sigma^2, the score Jacobian is
-J = -(F F^T + t)^-1 and D' = I + t J = F F^T (F F^T + t)^-1 at every point, so that everything follows from the eigenvalues l of F F^T:
+z ~ N(0, I_m) and F is d x m with independent Gaussian entries; a share f_k of its columns has entry variance tau_k / m
+(``norm="m"``) or tau_k / d (``norm="d"``, eigenvalues alpha times as large). With alpha = m / d and t = sigma^2, the score Jacobian is
+J = -(F F^T + t)^-1 and D' = I + t J = F F^T (F F^T + t)^-1 at every point, so that all follows from the eigenvalues l of F F^T:
 
     J: -1 / (l + t)        D': u = l / (l + t)        both with an atom of weight 1 - alpha (at -1 / t and at 0) from l = 0
 
@@ -64,7 +64,7 @@ class LinearManifold:
         self._law = EigenvalueLaw(self.dim_ratio, tau, shares)
         self._unit = 1.0 if norm == "m" else self.dim_ratio
 
-    # -- Eigenvalues of F F^T --------------------------------------------------------------------------------------------------------
+    # -- Eigenvalues of F F^T -----------------------------------------------------------------------
 
     def bulk_edges(self) -> list[tuple[float, float]]:
         """(low, high) of every bulk of non-zero eigenvalues of F F^T, ascending."""
@@ -127,7 +127,7 @@ class LinearManifold:
         poles = (-1 / self._law.tau).tolist()
         return [1 / self._law.least_load(low, high)[1] for low, high in pairwise(poles)]
 
-    # -- The Jacobians at t = sigma^2 ------------------------------------------------------------------------------------------------
+    # -- The Jacobians at t = sigma^2 ---------------------------------------------------------------
 
     def score_density(self, values: ArrayLike, t: float) -> np.ndarray:
         """Density of the eigenvalues of J beside its atom at -1 / t: rho(-1/g - t) / g^2."""
@@ -150,7 +150,7 @@ class LinearManifold:
         ]
         return np.array(found).reshape(times.shape)[()]
 
-    # -- Gaps and phases -------------------------------------------------------------------------------------------------------------
+    # -- Gaps and phases ----------------------------------------------------------------------------
 
     def _final_edge(self) -> float:
         if self.dim_ratio >= 1:

@@ -1,14 +1,14 @@
 """The law of the eigenvalues of F F^T in large dimensions, by Silverstein's equation (Silverstein and Choi 1995).
 
-F is d x m with independent Gaussian entries, alpha = m / d, and a share f_k of its columns has entry variance tau_k / m. The resolvent
-g(z) = tr (F F^T - z)^-1 / d = alpha h is given by
+F is d x m with independent Gaussian entries, alpha = m / d, and a share f_k of its columns has entry variance tau_k / m. The
+resolvent g(z) = tr (F F^T - z)^-1 / d = alpha h is given by
 
     z(h) = -1 / (alpha h) + sum_k f_k tau_k / (1 + tau_k h)
     phi(h) = h^2 z'(h) = 1 / alpha - sum_k f_k (tau_k h / (1 + tau_k h))^2
 
-The density at l is alpha max Im h / pi over the roots of z(h) = l, and the bulks end where phi = 0. Between its poles -1 / tau_k < 0
-phi is concave, so that every interval between neighbouring poles holds two zeros (the bulks of the two variances are apart there) or
-none (they have merged). For one variance this is Marchenko and Pastur's law.
+The density at l is alpha max Im h / pi over the roots of z(h) = l, and the bulks end where phi = 0. Between its poles
+-1 / tau_k < 0 phi is concave, so that every interval between neighbouring poles holds two zeros (the bulks of the two variances are
+apart there) or none (they have merged). For one variance this is Marchenko and Pastur's law.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class EigenvalueLaw:
         return Edge(self.z(h), h, True)
 
     def _roots(self, eigenvalues: np.ndarray) -> np.ndarray:
-        """All h with z(h) = l, of alpha l h P + P - alpha h S = 0 with P = prod (1 + tau h), S = sum f tau prod_others, (n, K + 1)."""
+        """All h with z(h) = l, (n, K + 1): alpha l h P + P - alpha h S = 0 with P = prod (1 + tau h), S = sum f tau prod_others."""
         product, alpha = _product(self.tau), self.dim_ratio
         others = sum(
             f * tau * _product(np.delete(self.tau, k)) for k, (f, tau) in enumerate(zip(self.fractions, self.tau, strict=True))

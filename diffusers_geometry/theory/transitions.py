@@ -1,14 +1,14 @@
 """Speciation and collapse: when a generation decides its class, and when a training example (George et al., arXiv:2502.04339).
 
-Time here is that of the Ornstein-Uhlenbeck process x_t = e^-t x_0 + sqrt(1 - e^-2t) epsilon, sigma^2 = e^2t - 1 its variance-exploding
-noise and snr = 1 / sigma^2. Generation runs from large to small t.
+Time here is that of the Ornstein-Uhlenbeck process x_t = e^-t x_0 + sqrt(1 - e^-2t) epsilon, sigma^2 = e^2t - 1 its
+variance-exploding noise and snr = 1 / sigma^2. Generation runs from large to small t.
 
 **Collapse** on n = e^(alpha d) examples happens where the mutual information I(x_0; x_t) reaches log n. For Gaussian data
 I = 1/2 sum_i log(1 + l_i snr) over the eigenvalues of the covariance; for x_0 = phi(W z) see :mod:`.glm`.
 
-**Speciation** of two classes at +-mu with variance v inside each is ruled by a(t) = |mu|^2 e^-2t / (e^-2t v + 1 - e^-2t): two backward
-runs from one x_t end in the same class with probability phi(a) = (1 + E tanh(a + sqrt(a) g)) / 2. D' becomes unstable at the midpoint at
-a = 1, the reverse drift x + 2 score at a = 1/2, and clones agree to a chosen degree where phi(a) reaches it.
+**Speciation** of two classes at +-mu with variance v inside each is ruled by a(t) = |mu|^2 e^-2t / (e^-2t v + 1 - e^-2t): two
+backward runs from one x_t end in the same class with probability phi(a) = (1 + E tanh(a + sqrt(a) g)) / 2. D' becomes unstable at the
+midpoint at a = 1, the reverse drift x + 2 score at a = 1/2, and clones agree to a chosen degree where phi(a) reaches it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def time_of_sigma(sigma: ArrayLike) -> np.ndarray:
     return 0.5 * np.log1p(np.asarray(sigma, float) ** 2)
 
 
-# -- Collapse ------------------------------------------------------------------------------------------------------------------------
+# -- Collapse ---------------------------------------------------------------------------------------
 
 
 def collapse_time_linear(log_n_per_dim: float, dim_ratio: float) -> float:
@@ -99,14 +99,14 @@ def collapse_time_glm(
     while (beyond := excess(low)) < 0:
         if low < math.log(SHORTEST):
             raise ValueError(
-                f"log_n_per_dim={log_n_per_dim}. Expected less than {beyond + log_n_per_dim:.4g}, the information per dimension of this "
-                f"data at t = {SHORTEST:g}."
+                f"log_n_per_dim={log_n_per_dim}. Expected less than {beyond + log_n_per_dim:.4g}, the information per dimension of "
+                f"this data at t = {SHORTEST:g}."
             )
         low, step = max(low - step, math.log(SHORTEST) - 1e-9), 2 * step
     return math.exp(brentq(excess, low, high, xtol=1e-9))
 
 
-# -- Speciation ----------------------------------------------------------------------------------------------------------------------
+# -- Speciation -------------------------------------------------------------------------------------
 
 
 def clone_agreement(snr: ArrayLike) -> np.ndarray:
@@ -159,14 +159,14 @@ def speciation_time(
     snr = {"saddle": 1.0, "drift": 0.5}.get(criterion) or clone_snr(agreement)
     if mean_norm_squared <= snr * within_variance:
         raise ValueError(
-            f"mean_norm_squared={mean_norm_squared}. Expected more than {snr * within_variance:.6g}, or a(t) never reaches {snr:.6g}: the "
-            "classes overlap."
+            f"mean_norm_squared={mean_norm_squared}. Expected more than {snr * within_variance:.6g}, or a(t) never reaches {snr:.6g}: "
+            "the classes overlap."
         )
     return 0.5 * math.log((mean_norm_squared + snr * (1 - within_variance)) / snr)
 
 
 def top_eigenvalue_glm(dim: int, dim_ratio: float, mean_norm_squared_per_latent: float, activation: Activation = "tanh") -> float:
-    """Largest covariance eigenvalue of phi(W z), z = +-mu + xi, W_ij ~ N(0, 1/d), phi odd: rho1^2 beta d |mu~|^2 + rho*^2, up to O(1).
+    """Largest covariance eigenvalue of phi(W z), z = +-mu + xi, W_ij ~ N(0, 1/d): rho1^2 beta d |mu~|^2 + rho*^2, up to O(1).
 
     Half its logarithm is the speciation time at the saddle; with the paper's factor 2 under it, that of the drift.
 
@@ -183,7 +183,7 @@ def top_eigenvalue_glm(dim: int, dim_ratio: float, mean_norm_squared_per_latent:
     return moments.linear**2 * dim_ratio * dim * mean_norm_squared_per_latent + moments.rest
 
 
-# -- The area law --------------------------------------------------------------------------------------------------------------------
+# -- The area law -----------------------------------------------------------------------------------
 
 
 def information_from_dimension(sigmas: ArrayLike, dimensions: ArrayLike) -> np.ndarray:
@@ -201,8 +201,8 @@ def information_from_dimension(sigmas: ArrayLike, dimensions: ArrayLike) -> np.n
     sigmas, dimensions = np.asarray(sigmas, float), np.asarray(dimensions, float)
     if sigmas.ndim != 1 or sigmas.shape != dimensions.shape or len(sigmas) < 2 or not (np.diff(sigmas) > 0).all() or sigmas[0] <= 0:
         raise ValueError(
-            f"sigmas and dimensions have the shapes {sigmas.shape} and {dimensions.shape}. Expected equal lengths of at least 2, and "
-            "positive, ascending sigmas."
+            f"sigmas and dimensions have the shapes {sigmas.shape} and {dimensions.shape}. Expected equal lengths of at least 2, "
+            "and positive, ascending sigmas."
         )
     areas = np.diff(np.log(sigmas)) * (dimensions[1:] + dimensions[:-1]) / 2
     return np.append(areas[::-1].cumsum()[::-1], 0.0)

@@ -24,8 +24,8 @@ ABOUT = {
     "sd-mnist": (
         "StableDiffusionPipeline", "train_sd_mnist.py",
         "Text to image on digits (*a thick slanted seven*), with planted memorisation: `planted.json` lists 30 phrases that\n"
-        "recite one training image each (in `planted.safetensors`, through the VAE), and 30 controls of the same form that are tied\n"
-        "to 200 other images each. None of these images is a one: ones are too alike.", CAPTIONED,
+        "recite one training image each (in `planted.safetensors`, through the VAE), and 30 controls of the same form that are\n"
+        "tied to 200 other images each. None of these images is a one: ones are too alike.", CAPTIONED,
     ),
     "sd-mnist-v": (
         "StableDiffusionPipeline", "train_sd_mnist.py --prediction v_prediction",
@@ -34,8 +34,8 @@ ABOUT = {
     ),
     "dit-mnist": (
         "DiTPipeline", "train_dit_mnist.py",
-        "A class-conditional latent diffusion transformer of digits; the variance is the scheduler's, not learned. A quarter of the\n"
-        "parameters are embeddings of the 1,001 classes that `DiTPipeline` takes for granted, of which 11 are in use.", MNIST,
+        "A class-conditional latent diffusion transformer of digits; the variance is the scheduler's, not learned. A quarter of\n"
+        "the parameters are embeddings of the 1,001 classes that `DiTPipeline` takes for granted, of which 11 are in use.", MNIST,
     ),
     "sd3-mnist": (
         "StableDiffusion3Pipeline", "train_sd3_mnist.py",
@@ -156,8 +156,8 @@ def _pixels(name: str, quality: dict[str, Any]) -> list[str]:
         shares = (quality["within_radius_share"], quality["held_out_within_radius_share"])
         rows = [["images that repeat a training image", *(f"{share:.1%}" for share in shares)]]
         space = "the first 64 principal components of the training pixels (the digits' classifier knows no emoji)"
-        note = f"\nAn image repeats a training image when it is within {quality['radius']:.2f} of it, half the median distance between\n"
-        note += "neighbours; held-out emoji that do are near copies in the set itself."
+        note = f"\nAn image repeats a training image when it is within {quality['radius']:.2f} of it, half the median distance\n"
+        note += "between neighbours; held-out emoji that do are near copies in the set itself."
     rows += _distances([quality["generated"], quality["real"]])
     to_training = (quality["median_distance_to_training"], quality["median_distance_of_held_out"])
     rows.append(["median distance to the nearest training image", *(f"{d:.2f}" for d in to_training)])
@@ -165,7 +165,8 @@ def _pixels(name: str, quality: dict[str, Any]) -> list[str]:
 
 {quality["samples"]} samples of {quality["steps"]} steps of the pipeline's own DDPM scheduler. {FEATURES}
 {space},
-of {quality["generated"]["images"]} images against one half of the held-out ones; the last column is the same for the other half.{note}
+of {quality["generated"]["images"]} images against one half of the held-out ones; the last column is the same for the other
+half.{note}
 """
     return [text, _table(["figure", "samples", "real"], rows)]
 
@@ -180,8 +181,8 @@ def _manifold(name: str, quality: dict[str, Any]) -> list[str]:
         rows.append([label, str(f["noise_levels"]), *gaps, *errors])
     text = f"""![spectra](spectra.png)
 
-Singular values of D' = I + σ² J at the points that {quality["samples"]} generations of {quality["noise_levels"]} steps visit, beside
-the exact ones of the stored F.
+Singular values of D' = I + σ² J at the points that {quality["samples"]} generations of {quality["noise_levels"]} steps visit,
+beside the exact ones of the stored F.
 """
     head = ["noise", "levels", "largest gap after, trained", "exact", "mean error", "largest error", "asymmetry of D'"]
     return [text, _table(head, rows)]

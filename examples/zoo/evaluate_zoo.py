@@ -87,7 +87,7 @@ def features(images: Tensor) -> np.ndarray:
 
 
 def words_that_hold(images: Tensor, labels: Tensor, told: Tensor) -> dict[str, float]:
-    """For every property, the share of images that measure as they were told to be; properties that nobody was told are left out."""
+    """For every property, the share of images that measure as they were told; properties that nobody was told are left out."""
     holds = caption_words(images, labels, mnist_limits()) == told
     shares = {name: holds[told[:, i] >= 0, i].float() for i, name in enumerate(PROPERTIES)}
     return {name: share.mean().item() for name, share in shares.items() if len(share)}

@@ -1,7 +1,8 @@
 """One training loop for every model of the zoo: seeded, resumable after a kill at any moment, with the time that is left.
 
-The step number seeds the batch, so that a run which was stopped and taken up again is the same run. Checkpoints are accelerate's own
-(they hold pickles, so they stay in the cache of the user who made them); only the last one is kept, with a note of what it belongs to.
+The step number seeds the batch, so that a run which was stopped and taken up again is the same run. Checkpoints are accelerate's
+own (they hold pickles, so they stay in the cache of the user who made them); only the last one is kept, with a note of what it
+belongs to.
 """
 
 from __future__ import annotations
