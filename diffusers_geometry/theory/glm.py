@@ -1,7 +1,7 @@
 """Information in data x_0 = phi(W z), a generalised linear model with Gaussian weights (George et al., arXiv:2502.04339).
 
-z in R^p, p = beta d, is +-mu + N(0, I_p). The mutual information of x_0 and x_t = e^-t x_0 + sqrt(Delta) epsilon, Delta = 1 - e^-2t,
-is in the limit of large dimensions d times the replica-symmetric one (Barbier et al. 2019, arXiv:1708.03395):
+z in R^p, p = beta d, is +-mu + N(0, I_p). The mutual information of x_0 and x_t = e^-t x_0 + sqrt(Delta) epsilon,
+Delta = 1 - e^-2t, is in the limit of large dimensions d times the replica-symmetric one (Barbier et al. 2019, arXiv:1708.03395):
 
     i(t) = min over q in [0, 1) of  I_q - beta / 2 (q + log(1 - q)),      I_q = E_V[h(Y | V)] - 1/2 log(2 pi e Delta)
     Y = e^-t phi(sqrt(v_mu + v_w q) V + sqrt(v_w (1 - q)) w) + sqrt(Delta) epsilon,    V, w, epsilon ~ N(0, 1)

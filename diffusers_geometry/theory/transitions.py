@@ -7,8 +7,8 @@ variance-exploding noise and snr = 1 / sigma^2. Generation runs from large to sm
 I = 1/2 sum_i log(1 + l_i snr) over the eigenvalues of the covariance; for x_0 = phi(W z) see :mod:`.glm`.
 
 **Speciation** of two classes at +-mu with variance v inside each is ruled by a(t) = |mu|^2 e^-2t / (e^-2t v + 1 - e^-2t): two
-backward runs from one x_t end in the same class with probability phi(a) = (1 + E tanh(a + sqrt(a) g)) / 2. D' becomes unstable at the
-midpoint at a = 1, the reverse drift x + 2 score at a = 1/2, and clones agree to a chosen degree where phi(a) reaches it.
+backward runs from one x_t end in the same class with probability phi(a) = (1 + E tanh(a + sqrt(a) g)) / 2. D' becomes unstable at
+the midpoint at a = 1, the reverse drift x + 2 score at a = 1/2, and clones agree to a chosen degree where phi(a) reaches it.
 """
 
 from __future__ import annotations
@@ -159,8 +159,8 @@ def speciation_time(
     snr = {"saddle": 1.0, "drift": 0.5}.get(criterion) or clone_snr(agreement)
     if mean_norm_squared <= snr * within_variance:
         raise ValueError(
-            f"mean_norm_squared={mean_norm_squared}. Expected more than {snr * within_variance:.6g}, or a(t) never reaches {snr:.6g}: "
-            "the classes overlap."
+            f"mean_norm_squared={mean_norm_squared}. Expected more than {snr * within_variance:.6g}, or a(t) never reaches "
+            f"{snr:.6g}: the classes overlap."
         )
     return 0.5 * math.log((mean_norm_squared + snr * (1 - within_variance)) / snr)
 

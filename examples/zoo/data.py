@@ -97,7 +97,8 @@ def measure(images: Tensor) -> dict[str, np.ndarray]:
     """Stroke width (pixels), slant (degrees to the right of upright) and size (pixels) of digits (n, 1, 32, 32), each (n,).
 
     Width is twice the area of the ink over the length of its outline, its total variation (w h / (w + h) for a bar of w x h
-    pixels); the slant shears the second moments of the ink upright; size is the geometric mean of their two principal standard deviations.
+    pixels); the slant shears the second moments of the ink upright; size is the geometric mean of their two principal standard
+    deviations.
     """
     ink = (images[:, 0].double().numpy() + 1) / 2
     down, right = (np.diff(np.pad(ink, ((0, 0), (0, 1), (0, 1))), axis=axis) for axis in (1, 2))

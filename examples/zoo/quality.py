@@ -50,7 +50,7 @@ def compare(generated: np.ndarray, real: np.ndarray, other_real: np.ndarray) -> 
 
 
 def nearest(images: Tensor, others: Tensor, *, same: bool = False) -> Tensor:
-    """Euclidean distance of every image (n, ...) to the nearest of ``others`` (m, ...), (n,); not to itself if they are the ``same``."""
+    """Euclidean distance of every image (n, ...) to the nearest of ``others`` (m, ...), (n,); not to itself if the ``same``."""
     points, targets = images.flatten(1).double(), others.flatten(1).double()
     distances = torch.cat([torch.cdist(chunk, targets) for chunk in points.split(500)])
     if same:
