@@ -1,5 +1,6 @@
 """Closed forms to hold measurements against: spectra of linear manifolds, speciation and collapse times."""
 
+from .empirical import EmpiricalCollapse, ParentWeight
 from .glm import glm_information
 from .linear_manifold import LinearManifold
 from .transitions import (
@@ -13,7 +14,9 @@ from .transitions import (
 )
 
 __all__ = [
+    "EmpiricalCollapse",
     "LinearManifold",
+    "ParentWeight",
     "clone_agreement",
     "collapse_time_gaussian",
     "collapse_time_glm",

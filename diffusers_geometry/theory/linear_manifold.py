@@ -2,7 +2,7 @@
 
 z ~ N(0, I_m) and F is d x m with independent Gaussian entries; a share f_k of its columns has entry variance tau_k / m
 (``norm="m"``) or tau_k / d (``norm="d"``, eigenvalues alpha times as large). With alpha = m / d and t = sigma^2, the score
-Jacobian is J = -(F F^T + t)^-1 and D' = I + t J = F F^T (F F^T + t)^-1 at every point, and all follows from the eigenvalues l of F F^T:
+Jacobian is J = -(F F^T + t)^-1 and D' = I + t J = F F^T (F F^T + t)^-1 at every point. All follows from the eigenvalues l of F F^T:
 
     J: -1 / (l + t)        D': u = l / (l + t)        both with an atom of weight 1 - alpha (at -1 / t and at 0) from l = 0
 

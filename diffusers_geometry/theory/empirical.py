@@ -1,0 +1,106 @@
+"""Collapse of the exact score of a finite data set: from which noise on a backward run returns to the example that it came from.
+
+The exact score of n points is a softmax average with the weights w_i(x) = softmax_i(-|x - x_i|^2 / 2 sigma^2). Started at
+x = x_i + sigma epsilon, a backward run of the exact SDE ends in x_i with probability w_i(x), exactly: the weight of the parent is the
+return probability of the U-turn experiment (George et al., arXiv:2502.04339). There are two criteria, E w = 1/2 and
+E log(w / (1 - w)) = 0. The information log n - E H(w) saturates at log n and must not be solved for log n.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+from ..estimate import Estimate
+from .transitions import time_of_sigma
+
+_CHUNK = 512  # draws compared with all data at once
+
+
+@dataclass(frozen=True)
+class ParentWeight:
+    """How surely a noised example is told from all others.
+
+    Attributes:
+        weight: E w of the parent: the probability that a U-turn returns to it.
+        log_odds: E log(w / (1 - w)).
+    """
+
+    weight: Estimate
+    log_odds: Estimate
+
+
+class EmpiricalCollapse:
+    """The U-turn of one finite data set, on draws that are the same at every noise level.
+
+    Args:
+        data: Different points, shape (n, *dims), n >= 2.
+        num_draws: Noised examples that expectations are taken over; each carries its own noise.
+        generator: Draws parents and noise.
+
+    Raises:
+        ValueError: fewer than two points, copies among them, or numbers that are not finite.
+    """
+
+    def __init__(self, data: Tensor, *, num_draws: int = 2000, generator: torch.Generator | None = None) -> None:
+        points = data.flatten(1).double() if data.ndim > 1 else data.double()[:, None]
+        if len(points) < 2 or not points.isfinite().all():
+            raise ValueError(f"data has shape {tuple(data.shape)}. Expected at least two points, all finite.")
+        if len(points.unique(dim=0)) < len(points):
+            raise ValueError("data has copies of points. Expected different ones: a copy takes half of its twin's weight.")
+        if num_draws < 2:
+            raise ValueError(f"num_draws={num_draws}. Expected at least 2.")
+        self.points = points - points.mean(dim=0)  # close points far from the origin keep their digits
+        self.parents = torch.randint(len(points), (num_draws,), generator=generator)
+        self.noise = torch.randn(num_draws, points.shape[1], dtype=torch.float64, generator=generator)
+
+    def _log_odds(self, sigma: float) -> Tensor:
+        """log(w / (1 - w)) of every draw's parent, (draws,)."""
+        found = []
+        for parents, noise in zip(self.parents.split(_CHUNK), self.noise.split(_CHUNK), strict=True):
+            x = self.points[parents] + sigma * noise
+            logits = (x @ self.points.T - 0.5 * self.points.square().sum(1)) / sigma**2
+            own = logits.gather(1, parents[:, None])[:, 0]
+            found.append(own - logits.scatter(1, parents[:, None], -math.inf).logsumexp(1))
+        return torch.cat(found)
+
+    def at(self, sigma: float) -> ParentWeight:
+        """The parent's weight at noise ``sigma`` > 0, with standard errors over the draws."""
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"sigma={sigma}. Expected a finite number > 0.")
+        log_odds = self._log_odds(sigma)
+        return ParentWeight(*(_mean(values) for values in (log_odds.sigmoid(), log_odds)))
+
+    def sigma(self, criterion: Literal["weight", "log_odds"] = "weight") -> Estimate:
+        """Noise at which E w = 1/2, or E log(w / (1 - w)) = 0; the error is that of the criterion over its slope."""
+        if criterion not in ("weight", "log_odds"):
+            raise ValueError(f"criterion={criterion!r}. Expected 'weight' or 'log_odds'.")
+        level = 0.5 if criterion == "weight" else 0.0
+
+        def excess(log_sigma: float) -> float:
+            return getattr(self.at(math.exp(log_sigma)), criterion).value - level
+
+        scale = math.log(self.points.square().sum(1).mean().sqrt().item())
+        low, high = scale - 1, scale + 1
+        while excess(low) < 0:
+            low -= 1
+        while excess(high) > 0:
+            high += 1
+        root = brentq(excess, low, high, xtol=1e-6)
+        slope = (excess(root + 0.05) - excess(root - 0.05)) / 0.1
+        value = math.exp(root)
+        return Estimate(value, sem=value * getattr(self.at(value), criterion).sem / abs(slope))
+
+    def time(self, criterion: Literal["weight", "log_odds"] = "weight") -> Estimate:
+        """The same as an OU time, 1/2 log(1 + sigma^2)."""
+        sigma = self.sigma(criterion)
+        return Estimate(float(time_of_sigma(sigma.value)), sem=sigma.sem * sigma.value / (1 + sigma.value**2))
+
+
+def _mean(values: Tensor) -> Estimate:
+    return Estimate(values.mean().item(), sem=values.std().item() / math.sqrt(len(values)))

@@ -1,0 +1,95 @@
+"""Collapse of the exact score of finite data: printed samples, the theory's bracket, and the U-turn run step by step."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from diffusers_geometry.exact import EmpiricalDenoiser
+from diffusers_geometry.theory import EmpiricalCollapse, collapse_time_gaussian
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def gaussian_sets(p, n, repeats):
+    return [torch.randn(n, p, generator=seeded(seed)) for seed in range(repeats)]
+
+
+@pytest.mark.parametrize(
+    ("p", "n", "by_weight", "by_log_odds"), [(4, 64, 0.0901, 0.1016), (8, 64, 0.2442, 0.2559), (8, 512, 0.1356, 0.1447)]
+)
+def test_printed_samples(p, n, by_weight, by_log_odds):
+    """theory.md's figures are of few data sets: the spread between sets is part of the error."""
+    for criterion, printed in (("weight", by_weight), ("log_odds", by_log_odds)):
+        times = torch.tensor([EmpiricalCollapse(x, generator=seeded(9)).time(criterion).value for x in gaussian_sets(p, n, 8)])
+        assert times.mean().item() == pytest.approx(printed, abs=3 * times.std().item())
+        theory = collapse_time_gaussian([1.0] * p, math.log(n))
+        assert 0 < times.mean().item() / theory - 1 < 3 / p
+
+
+def test_the_theory_is_the_limit_of_large_dimension():
+    """At fixed 2 alpha / beta the excess falls with 1/p; the extrapolation by two sizes comes within 5 % of the theory."""
+    times = []
+    for p, repeats in ((16, 20), (32, 5)):
+        sets = gaussian_sets(p, round(math.exp(0.26 * p)), repeats)
+        times.append(sum(EmpiricalCollapse(x, generator=seeded(3)).time("log_odds").value for x in sets) / repeats)
+    theory = collapse_time_gaussian([1.0] * 16, 0.26 * 16)
+    assert times[0] > times[1] > theory
+    assert 2 * times[1] - times[0] == pytest.approx(theory, rel=0.05)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 0.8, 1.2])
+def test_a_u_turn_returns_with_the_weight_of_the_parent(sigma):
+    """Noise examples, run the exact SDE back in 300 steps, and count who comes home."""
+    data, runs = torch.randn(60, 4, generator=seeded(0), dtype=torch.float64), 1500
+    generator = seeded(1)
+    parents = torch.randint(60, (runs,), generator=generator)
+    x = data[parents] + sigma * torch.randn(runs, 4, generator=generator, dtype=torch.float64)
+    denoiser, levels = EmpiricalDenoiser(data), torch.logspace(math.log10(sigma), -2, 301).tolist()
+    expected = EmpiricalCollapse(data, num_draws=20_000, generator=seeded(2)).at(sigma).weight
+    for above, below in itertools.pairwise(levels):
+        keep = (below / above) ** 2
+        mean = keep * x + (1 - keep) * denoiser.denoised(x, 1.0, above)
+        x = mean + math.sqrt(below**2 * (1 - keep)) * torch.randn(runs, 4, generator=generator, dtype=torch.float64)
+    home = (torch.cdist(x, data).argmin(1) == parents).double().mean().item()
+    error = math.hypot(math.sqrt(home * (1 - home) / runs), expected.sem)
+    assert abs(home - expected.value) < 3 * error
+
+
+def test_the_weights_are_those_of_the_exact_denoiser():
+    data = torch.randn(30, 3, generator=seeded(0)) + 100.0
+    collapse = EmpiricalCollapse(data, num_draws=50, generator=seeded(1))
+    x = data.double().mean(0) + collapse.points[collapse.parents] + 0.7 * collapse.noise
+    weights = EmpiricalDenoiser(data).weights(x, 1.0, 0.7)
+    assert collapse.at(0.7).weight.value == pytest.approx(weights[range(50), collapse.parents].mean().item(), rel=1e-5)
+
+
+def test_errors_cover_the_truth():
+    """Over 40 sets of draws of one data set, the deviations from a long run are as large as the errors say."""
+    data = torch.randn(100, 6, generator=seeded(0))
+    truth = EmpiricalCollapse(data, num_draws=40_000, generator=seeded(99)).sigma()
+    z = []
+    for seed in range(40):
+        found = EmpiricalCollapse(data, num_draws=300, generator=seeded(seed)).sigma()
+        z.append((found.value - truth.value) / math.hypot(found.sem, truth.sem))
+    rms = math.sqrt(sum(v**2 for v in z) / 40)
+    assert 0.7 < rms < 1.35  # a rms of 40 normal deviates is within 3 errors of 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EmpiricalCollapse(torch.zeros(1, 3)), r"data has shape \(1, 3\). Expected at least two points"),
+        (lambda: EmpiricalCollapse(torch.tensor([[1.0], [math.nan]])), r"all finite"),
+        (lambda: EmpiricalCollapse(torch.ones(3, 2)), r"data has copies of points. Expected different ones"),
+        (lambda: EmpiricalCollapse(torch.eye(3), num_draws=1), r"num_draws=1. Expected at least 2"),
+        (lambda: EmpiricalCollapse(torch.eye(3)).at(0.0), r"sigma=0.0. Expected a finite number > 0"),
+        (lambda: EmpiricalCollapse(torch.eye(3)).sigma("half"), r"criterion='half'. Expected 'weight' or 'log_odds'"),
+    ],
+)
+def test_bad_input_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
