@@ -1,7 +1,7 @@
 """Collapse of the exact score of a finite data set: from which noise on a backward run returns to the example that it came from.
 
 The exact score of n points is a softmax average with the weights w_i(x) = softmax_i(-|x - x_i|^2 / 2 sigma^2). Started at
-x = x_i + sigma epsilon, a backward run of the exact SDE ends in x_i with probability w_i(x), exactly: the weight of the parent is the
+x = x_i + sigma epsilon, a run of the exact SDE back ends in x_i with probability w_i(x), exactly: the weight of the parent is the
 return probability of the U-turn experiment (George et al., arXiv:2502.04339). There are two criteria, E w = 1/2 and
 E log(w / (1 - w)) = 0. The information log n - E H(w) saturates at log n and must not be solved for log n.
 """
