@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
+    from .comparison import Comparison
+    from .theory import LinearManifold
+
 JSON_NAME, ARRAYS_NAME, FORMAT = "trace.json", "trace.safetensors", 2
 
 
@@ -141,6 +144,12 @@ class GeometryTrace:
         from .viz import plot_trace
 
         return plot_trace(self, path, sample=sample)
+
+    def compare(self, theory: LinearManifold) -> Comparison:
+        """This run beside the closed form of a linear manifold: eigenvalues, gaps and phases, see :mod:`.comparison`."""
+        from .comparison import compare
+
+        return compare(self, theory)
 
     def save_pretrained(self, directory: str | os.PathLike, *, figure: str | None = None) -> None:
         """Writes ``trace.json`` and ``trace.safetensors`` into ``directory``, and ``figure`` by that name: all or none."""

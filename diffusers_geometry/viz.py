@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .comparison import Comparison
     from .trajectory import GeometryTrace
 
 PHASE_COLOURS = {"trivial": "#d9d9d9", "coverage": "#9ecae1", "consolidation": "#fdae6b", "unresolved": "#ffffff"}
@@ -55,6 +56,66 @@ def plot_trace(trace: GeometryTrace, path: str | os.PathLike | None = None, *, s
     if path is not None:
         write_together(Path(path).parent, {Path(path).name: figure_bytes(figure, path)})
     return figure
+
+
+def plot_comparison(comparison: Comparison, path: str | os.PathLike | None = None, *, sample: int = 0) -> Figure:
+    """Three panels over sigma^2, noise falling to the right: eigenvalues of D', gaps, phases; measured on predicted.
+
+    Args:
+        comparison: From :func:`~diffusers_geometry.comparison.compare`; steps at infinite noise are left out.
+        path: Where to write the figure; not written if None.
+        sample: Which sample of the batch.
+
+    Raises:
+        ValueError: no such sample.
+    """
+    from matplotlib.figure import Figure
+
+    batch = comparison.measured.shape[1]
+    if not 0 <= sample < batch:
+        raise ValueError(f"sample={sample}. Expected 0 <= sample < {batch}.")
+    figure = Figure(figsize=(9, 8.5), layout="constrained")
+    values, gaps, phases = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 0.7))
+    shown = np.isfinite(comparison.sigmas)
+    times = comparison.sigmas[shown] ** 2
+    values.plot(times, comparison.predicted[shown], color="#888888", linewidth=0.8)
+    values.plot(times, comparison.measured[shown, sample], ".", color="#1f78b4", markersize=3)
+    values.plot([], [], color="#888888", label="theory")
+    values.plot([], [], ".", color="#1f78b4", label="measured")
+    values.set_ylabel("singular values of D'")
+    values.legend(loc="upper left", fontsize=9)
+    for j, position in enumerate(comparison.gap_positions):
+        colour = f"C{j + 1}"
+        gaps.plot(times, comparison.predicted_gaps[shown, j], color=colour, linewidth=1.2, label=f"after {position}, theory")
+        measured = comparison.measured_gaps[shown, sample, j]
+        gaps.plot(times, measured, ".", color=colour, markersize=5, label=f"after {position}, measured")
+    gaps.set_ylabel("gap (in units of D')")
+    if comparison.gap_positions:
+        gaps.legend(loc="upper left", fontsize=9)
+    for row, labels in enumerate((comparison.predicted_phases, comparison.measured_phases[:, sample])):
+        for t, label in zip(times, labels[shown], strict=True):
+            phases.plot(t, row, "s", color=PHASE_COLOURS[str(label)], markeredgecolor="#999999", markersize=7)
+    phases.set_yticks((0, 1), ("theory", "measured"))
+    phases.set_ylim(-0.6, 1.6)
+    phases.set_xscale("log")
+    phases.invert_xaxis()
+    phases.set_xlabel("noise σ² (generation runs to the right)")
+    _phase_legend(phases, np.concatenate([comparison.predicted_phases, comparison.measured_phases[:, sample]]))
+    for axes in (values, gaps):
+        axes.grid(alpha=0.3)
+    figure.suptitle("Measured spectra on the closed form of a linear manifold", fontsize=12)
+    if path is not None:
+        write_together(Path(path).parent, {Path(path).name: figure_bytes(figure, path)})
+    return figure
+
+
+def _phase_legend(axes: Axes, labels: np.ndarray) -> None:
+    """Names the colours of phases above ``axes``; "unresolved" only where it occurs in ``labels``."""
+    from matplotlib.patches import Patch
+
+    shown = [phase for phase in PHASE_COLOURS if phase != "unresolved" or (labels == phase).any()]
+    patches = [Patch(facecolor=PHASE_COLOURS[phase], edgecolor="#bbbbbb", label=phase) for phase in shown]
+    axes.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=9, frameon=False)
 
 
 def figure_bytes(figure: Figure, path: str | os.PathLike) -> bytes:
@@ -127,8 +188,6 @@ def _errorbar(
 
 
 def _draw_phases(axes: Axes, trace: GeometryTrace, sample: int) -> None:
-    from matplotlib.patches import Patch
-
     rules = (("gap rule", trace.phases_by_gap), ("eigenvalue rule", trace.phases))
     for row, (_, phases) in enumerate(rules):
         colours = [PHASE_COLOURS[str(label)] for label in phases.labels[:, sample]]
@@ -138,9 +197,7 @@ def _draw_phases(axes: Axes, trace: GeometryTrace, sample: int) -> None:
     shown = range(0, len(trace.steps), math.ceil(len(trace.steps) / 12))
     axes.set_xticks(shown, [_sigma_label(trace.sigmas[i]) for i in shown])
     axes.set_xlabel("noise σ at the recorded steps (generation runs to the right)")
-    shown_phases = [p for p in PHASE_COLOURS if p != "unresolved" or any((r.labels == p).any() for _, r in rules)]
-    patches = [Patch(facecolor=PHASE_COLOURS[p], edgecolor="#bbbbbb", label=p) for p in shown_phases]
-    axes.legend(handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize=9, frameon=False)
+    _phase_legend(axes, np.concatenate([phases.labels for _, phases in rules]))
 
 
 def _sigma_label(sigma: float) -> str:

@@ -33,6 +33,7 @@ NUMERICAL = [
     "step_geometry",
     "trajectory",
     "viz",
+    "comparison",
 ]
 HOST = [
     "bundled",
@@ -53,8 +54,8 @@ HOST = [
 ]
 STREET = NUMERICAL + HOST
 # Drawn when it is asked for: a trace knows how to plot itself without loading matplotlib.
-CALLED_LATER = {("trajectory", "viz")}
-TYPES_ONLY = {("viz", "trajectory")}
+CALLED_LATER = {("trajectory", "viz"), ("trajectory", "comparison")}
+TYPES_ONLY = {("viz", "trajectory"), ("viz", "comparison"), ("comparison", "trajectory"), ("trajectory", "comparison")}
 
 
 def imports(path):

@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 
 from .silverstein import EigenvalueLaw
 
+QUANTILE_NODES = 4001  # of the grid over a bulk from which quantiles are read
 # Mean and standard deviation of the Tracy-Widom law for real matrices (Tracy and Widom 1996; Bornemann 2010, arXiv:0904.1581).
 TRACY_WIDOM_MEAN, TRACY_WIDOM_SD = -1.2065335745820, 1.2680340580160
 
@@ -94,6 +95,26 @@ class LinearManifold:
         places = np.asarray(eigenvalues, float)
         return (self._law.density(places.ravel() / self._unit) / self._unit).reshape(places.shape)
 
+    def eigenvalues(self, dim: int) -> np.ndarray:
+        """What a matrix of d = ``dim`` rows has to expect, descending, (dim,): the middles of d equal shares of the law.
+
+        The number of non-zero ones is the nearest to alpha d, shared over the bulks by their masses.
+        """
+        _check_dim(dim)
+        shares = np.cumsum([0.0, *self.bulk_masses()])
+        counts = np.diff(np.round(shares * dim).astype(int))
+        found = [self._quantiles(low, high, count) for (low, high), count in zip(self.bulk_edges(), counts, strict=True)]
+        positive = np.concatenate(found)[::-1]
+        return np.append(positive, np.zeros(dim - len(positive)))
+
+    def _quantiles(self, low: float, high: float, count: int) -> np.ndarray:
+        """Values below which (i + 1/2) / count of one bulk lie, ascending, (count,)."""
+        angles = np.linspace(0, math.pi, QUANTILE_NODES)
+        places = (low + high) / 2 - (high - low) / 2 * np.cos(angles)  # close at the edges, where the density is a square root
+        heights = self.density(places) * np.sin(angles)
+        cumulative = np.append(0.0, np.cumsum((heights[1:] + heights[:-1]) / 2))
+        return np.interp((np.arange(count) + 0.5) / count, cumulative / cumulative[-1], places)
+
     def edge_fluctuations(self, dim: int) -> list[tuple[tuple[float, float], tuple[float, float]]]:
         """Mean and standard deviation of the extreme eigenvalues of every bulk at a finite dimension, by Tracy and Widom's law.
 
@@ -108,8 +129,7 @@ class LinearManifold:
         Raises:
             ValueError: dim below 2, or alpha = 1, whose lowest edge at zero is of another kind.
         """
-        if dim < 2:
-            raise ValueError(f"dim={dim}. Expected at least 2.")
+        _check_dim(dim)
         if self.dim_ratio == 1:
             raise ValueError("dim_ratio=1 has its lowest edge at zero, which Tracy and Widom's law does not describe.")
         number, found = self.dim_ratio * dim, []
@@ -221,6 +241,11 @@ class LinearManifold:
         """(t, width) at which the eigenvalues of D' are spread widest: t = sqrt(l_- l_+); sqrt(alpha) wide for one variance."""
         low, high = self.bulk_edges()[0][0], self.bulk_edges()[-1][1]
         return math.sqrt(low * high), (math.sqrt(high) - math.sqrt(low)) / (math.sqrt(high) + math.sqrt(low))
+
+
+def _check_dim(dim: int) -> None:
+    if dim < 2:
+        raise ValueError(f"dim={dim}. Expected at least 2.")
 
 
 def _times(t: ArrayLike, *, positive: bool = False) -> np.ndarray:

@@ -79,7 +79,7 @@ tags: [{name}, diffusers_geometry]
 * **Data** {data}.
 * **Training** `examples/zoo/{script}`: {training["steps"]:,} steps of batch {training["batch"]}, AdamW, cosine decay from
   {training["learning_rate"]:g}, {PRECISION[training["mixed_precision"]]}, exponential moving average 0.999, seed 0;
-  {training["minutes"]:.0f} minutes with {training["threads"]} threads of a {training["device"].upper()} that had other work too.
+  {training["minutes"]:.0f} minutes of wall-clock time ({training["device"]}, {training["threads"]} torch threads).
 
 ![loss](loss.png)
 
