@@ -279,6 +279,6 @@ def test_evaluation_runs(name, tmp_path):
     from test_zoo_training import HAS_EMOJI
 
     if name == "ddpm-emoji" and not HAS_EMOJI:
-        pytest.skip("npm, which fetches the emoji, is not installed")
+        pytest.skip("no emoji are cached, and npm, which fetches them, is not installed")
     evaluate_zoo.evaluate(name, tmp_path, smoke=True)
     assert {"README.md", "quality.json", "loss.png"} <= {p.name for p in tmp_path.iterdir()}

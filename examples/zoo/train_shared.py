@@ -5,6 +5,7 @@ python examples/zoo/train_shared.py            # a few minutes on two cores; run
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -23,7 +24,7 @@ MAX_LENGTH = 16
 TEXT_ROWS, PHRASE_ROWS = 192, 32  # of a batch of captions and images: ordinary ones, and of each kind of phrase
 
 
-def train_classifier(args) -> None:
+def train_classifier(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     classifier, (train, held_out) = DigitClassifier(), digits_split()
 
@@ -74,7 +75,7 @@ class ImageTower(nn.Module):
         return self.layers(images)
 
 
-def train_text_encoder(args) -> None:
+def train_text_encoder(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     folder = args.output / "shared"
     tokenizer = make_tokenizer(folder / "tokenizer")
