@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusers_geometry.exact import EmpiricalDenoiser
-from diffusers_geometry.theory import EmpiricalCollapse, collapse_time_gaussian
+from diffusers_geometry.theory import EmpiricalCollapse, collapse_time_gaussian, held_out_information
 
 
 def seeded(seed):
@@ -79,6 +79,24 @@ def test_errors_cover_the_truth():
     assert 0.7 < rms < 1.35  # a rms of 40 normal deviates is within 3 errors of 1
 
 
+def test_information_of_an_exact_denoiser_from_its_errors():
+    """Gaussian data and their posterior mean: the area is 1/2 sum log(1 + l / sigma²) at every noise level, within its errors."""
+    variances = torch.tensor([4.0, 1.0, 0.05])
+    sigmas = torch.logspace(-1.5, 1.5, 121)
+    generator = seeded(0)
+    x_0 = torch.randn(4000, 3, generator=generator) * variances.sqrt()
+    noise = torch.randn(121, 4000, 3, generator=generator)
+    shrink = variances / (variances + sigmas[:, None] ** 2)
+    errors = (x_0 - shrink[:, None] * (x_0 + sigmas[:, None, None] * noise)).square().sum(2)
+    found = held_out_information(sigmas.numpy(), errors, variances)
+    for i in (0, 40, 80):
+        exact = 0.5 * torch.log1p(variances / sigmas[i] ** 2).sum().item()
+        assert abs(found[i].value - exact) < 3 * found[i].sem + 2e-3
+        assert found[i].sem < 0.05 * exact + 0.01
+    worse = held_out_information(sigmas.numpy(), 1.2 * errors, variances)
+    assert worse[0].value > found[0].value
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -86,6 +104,7 @@ def test_errors_cover_the_truth():
         (lambda: EmpiricalCollapse(torch.tensor([[1.0], [math.nan]])), r"all finite"),
         (lambda: EmpiricalCollapse(torch.ones(3, 2)), r"data has copies of points. Expected different ones"),
         (lambda: EmpiricalCollapse(torch.eye(3), num_draws=1), r"num_draws=1. Expected at least 2"),
+        (lambda: held_out_information([1.0, 2.0], torch.ones(2, 1)), r"errors has shape \(2, 1\). Expected \(sigmas, points\)"),
         (lambda: EmpiricalCollapse(torch.eye(3)).at(0.0), r"sigma=0.0. Expected a finite number > 0"),
         (lambda: EmpiricalCollapse(torch.eye(3)).sigma("half"), r"criterion='half'. Expected 'weight' or 'log_odds'"),
     ],

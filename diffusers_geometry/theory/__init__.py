@@ -1,6 +1,6 @@
 """Closed forms to hold measurements against: spectra of linear manifolds, speciation and collapse times."""
 
-from .empirical import EmpiricalCollapse, ParentWeight
+from .empirical import EmpiricalCollapse, ParentWeight, held_out_information
 from .glm import glm_information
 from .linear_manifold import LinearManifold
 from .transitions import (
@@ -22,6 +22,7 @@ __all__ = [
     "collapse_time_glm",
     "collapse_time_linear",
     "glm_information",
+    "held_out_information",
     "sigma_of_time",
     "speciation_time",
     "time_of_sigma",

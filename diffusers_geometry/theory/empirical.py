@@ -12,12 +12,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 from torch import Tensor
 
 from ..estimate import Estimate
-from .transitions import time_of_sigma
+from .transitions import gaussian_information, information_from_dimension, time_of_sigma
 
 _CHUNK = 512  # draws compared with all data at once
 
@@ -100,6 +102,30 @@ class EmpiricalCollapse:
         """The same as an OU time, 1/2 log(1 + sigma^2)."""
         sigma = self.sigma(criterion)
         return Estimate(float(time_of_sigma(sigma.value)), sem=sigma.sem * sigma.value / (1 + sigma.value**2))
+
+
+def held_out_information(sigmas: ArrayLike, errors: Tensor, eigenvalues: ArrayLike | None = None) -> list[Estimate]:
+    """I(x_0; x_sigma) by the area law from a trained denoiser's errors on unseen data; n examples collapse where it is log n.
+
+    E |x_0 - D|^2 / sigma^2 stands for E tr D' in :func:`~.transitions.information_from_dimension`. A model errs by at least as much
+    as the posterior mean, so that the information, and the noise at which it reaches log n, is an upper estimate.
+
+    Args:
+        sigmas: Ascending noise levels, (n,).
+        errors: |x_0 - D(x_0 + sigma epsilon)|^2 of the same unseen points at every level, summed over dimensions, (n, points).
+        eigenvalues: Of the data's covariance, for what lies above the largest sigma; left out if None.
+
+    Returns:
+        One estimate for every sigma, nats; its error is that of the mean over the points.
+    """
+    if errors.ndim != 2 or errors.shape[1] < 2 or not errors.isfinite().all() or (errors < 0).any():
+        shape = tuple(errors.shape)
+        raise ValueError(f"errors has shape {shape}. Expected (sigmas, points), at least two points, finite and >= 0.")
+    levels = np.asarray(sigmas, float)
+    each = np.stack([information_from_dimension(levels, column / levels**2) for column in errors.double().numpy().T])
+    tail = 0.0 if eigenvalues is None else gaussian_information(eigenvalues, float(time_of_sigma(levels[-1])))
+    sems = each.std(0, ddof=1) / math.sqrt(len(each))
+    return [Estimate(float(mean) + tail, sem=float(sem)) for mean, sem in zip(each.mean(0), sems, strict=True)]
 
 
 def _mean(values: Tensor) -> Estimate:

@@ -32,7 +32,8 @@ VERDICT = """The trained spectra follow the closed form over the whole
 generation, with its phases, its order of gaps (the one of the larger variance first) and its division of labour. What does not
 agree: gaps of one F at d = 100 are wider than the law's for d → ∞, because extreme eigenvalues lie inside the edges by a few
 Tracy-Widom deviations, in the exact score as in the trained one; and the trained final gap stays short of one at the smallest
-noise, the more so the shorter the training. A fall of the variance's error is limited by the sampling error of 1,000 generations."""
+noise, the more so the shorter the training. The variances' error falls only to the sampling error of 1,000 generations."""
+
 GAPS = {"linear-manifold": (40,), "linear-manifold-two-variances": (20, 40)}
 
 

@@ -1,0 +1,234 @@
+"""Reproduce speciation and collapse (arXiv:2502.04339): the theory, the exact score of finite data, and a trained model.
+
+python examples/reproduce/transitions.py            # about three minutes on two cores; figure and tables in results/
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDPMPipeline
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from diffusers_geometry.bundled import DIGITS
+from diffusers_geometry.exact import MixtureDenoiser
+from diffusers_geometry.schedule import noise_level
+from diffusers_geometry.theory import (
+    EmpiricalCollapse,
+    clone_agreement,
+    collapse_time_gaussian,
+    collapse_time_linear,
+    held_out_information,
+    sigma_of_time,
+    speciation_time,
+)
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
+
+from train_digits import digits_split  # noqa: E402
+
+VERDICT = """Collapse of the exact score comes earlier in generation (at
+larger t) than the theory of infinite dimension says, by a share below 3/p; the extrapolation in 1/p comes back to it. Two
+backward runs agree as often as the closed form says. For the trained digits the information from unseen images falls to log n
+where the exact score of their training set collapses; the Gaussian of their covariance bounds both from above, at a higher noise."""
+SIZES = ((4, 64), (8, 64), (8, 512), (8, 4096), (16, 512), (16, 4096))
+RATIO = 0.52  # 2 alpha / beta = 2 log(n) / p of the extrapolation
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured."""
+
+    sets: int = 12
+    draws: int = 2000
+    sizes: tuple[tuple[int, int], ...] = SIZES
+    latent: tuple[int, ...] = (8, 12, 16, 24, 32)
+    clones: int = 4000
+    clone_steps: int = 300
+    images: int = 500
+    levels: int = 40
+
+
+SMOKE = Effort(sets=2, draws=200, sizes=SIZES[:2], latent=(8, 16), clones=200, clone_steps=40, images=40, levels=8)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def measured_times(p: int, n: int, effort: Effort) -> dict[str, tuple[float, float]]:
+    """Mean collapse time over data sets and its standard error, by each criterion."""
+    sets = [torch.randn(n, p, generator=seeded(seed)) for seed in range(effort.sets)]
+    collapses = [EmpiricalCollapse(x, num_draws=effort.draws, generator=seeded(99)) for x in sets]
+    found = {}
+    for criterion in ("weight", "log_odds"):
+        times = np.array([collapse.time(criterion).value for collapse in collapses])
+        found[criterion] = (times.mean(), times.std(ddof=1) / math.sqrt(len(times)))
+    return found
+
+
+def clones(mean_norm_squared: float, within_variance: float, t: float, effort: Effort) -> tuple[float, float]:
+    """How often two backward runs of the exact SDE from one point at OU time ``t`` end on the same side, with its error."""
+    mean = torch.zeros(2, 2, dtype=torch.double)
+    mean[:, 0] = torch.tensor([1.0, -1.0], dtype=torch.double) * math.sqrt(mean_norm_squared)
+    mixture = MixtureDenoiser(mean, within_variance * torch.eye(2, dtype=torch.double).expand(2, 2, 2))
+    sigma, generator = float(sigma_of_time(t)), seeded(7)
+    side = torch.randint(0, 2, (effort.clones,), generator=generator)
+    spread = torch.randn(effort.clones, 2, generator=generator, dtype=torch.double) * math.sqrt(within_variance + sigma**2)
+    x = (mean[side] + spread).repeat(2, 1)
+    for above, below in itertools.pairwise(torch.logspace(math.log10(sigma), -2, effort.clone_steps + 1).tolist()):
+        keep = (below / above) ** 2
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.double)
+        x = keep * x + (1 - keep) * mixture.denoised(x, 1.0, above) + below * math.sqrt(1 - keep) * noise
+    first, second = (x[:, 0] > 0).split(effort.clones)
+    share = (first == second).double().mean().item()
+    return share, math.sqrt(share * (1 - share) / effort.clones)
+
+
+@torch.no_grad()
+def trained_errors(effort: Effort) -> tuple[np.ndarray, Tensor]:
+    """Ascending noise levels and the bundled model's squared errors on digits it has not seen, (levels,), (levels, images)."""
+    pipe = DDPMPipeline.from_pretrained(DIGITS, use_safetensors=True)
+    pipe.scheduler.set_timesteps(pipe.scheduler.config.num_train_timesteps)
+    images = digits_split()[2][: effort.images]
+    every = np.array([noise_level(pipe.scheduler, i).sigma for i in range(len(pipe.scheduler.timesteps))])
+    asked = np.geomspace(every.min(), every.max(), effort.levels)
+    sigmas, errors = [], []
+    for position in dict.fromkeys(np.abs(np.log(every) - np.log(asked[:, None])).argmin(1).tolist()):
+        level, t = noise_level(pipe.scheduler, position), pipe.scheduler.timesteps[position]
+        x_t = level.alpha_t * images + level.sigma_t * torch.randn(images.shape, generator=seeded(position))
+        denoised = level.a * x_t + level.b * pipe.unet(x_t, t).sample
+        sigmas.append(level.sigma)
+        errors.append((denoised - images).square().flatten(1).sum(1))
+    return np.array(sigmas), torch.stack(errors)
+
+
+def crossing(sigmas: np.ndarray, values: np.ndarray, level: float) -> float:
+    """Largest sigma at which falling ``values`` meet ``level``, linear in log sigma."""
+    i = int(np.flatnonzero(values >= level).max())
+    share = (values[i] - level) / (values[i] - values[i + 1])
+    return float(np.exp(np.log(sigmas[i]) + share * (np.log(sigmas[i + 1]) - np.log(sigmas[i]))))
+
+
+def collapse_part(effort: Effort, axes: list, lines: list[str]) -> None:
+    by_size, by_dimension = axes
+    grid = np.linspace(0.2, 2.6, 200)
+    by_size.plot(grid, [collapse_time_linear(x / 2, 1.0) for x in grid], color="#333333", label="theory, p → ∞")
+    lines += ["| p | n | theory t_C | E w = 1/2 | E log(w / (1 - w)) = 0 |", "| --- | --- | --- | --- | --- |"]
+    for p, n in effort.sizes:
+        found, theory = measured_times(p, n, effort), collapse_time_gaussian([1.0] * p, math.log(n))
+        cells = [f"{value:.4f} ± {error:.4f}" for value, error in found.values()]
+        lines.append(f"| {p} | {n} | {theory:.4f} | {cells[0]} | {cells[1]} |")
+        for (value, error), (marker, colour) in zip(found.values(), (("o", "#1f78b4"), ("s", "#e31a1c")), strict=True):
+            by_size.errorbar(2 * math.log(n) / p, value, 2 * error, fmt=marker, color=colour, markersize=5)
+        place, offset = (2 * math.log(n) / p, found["log_odds"][0]), (7, -12 if n == 4096 else 5)
+        by_size.annotate(f"{p}, {n}", place, xytext=offset, textcoords="offset points", fontsize=8)
+    for (marker, colour), label in zip((("o", "#1f78b4"), ("s", "#e31a1c")), ("E w = 1/2", "E log(w / (1 - w)) = 0"), strict=True):
+        by_size.plot([], [], marker, color=colour, label=f"exact score, {label}")
+    by_size.set(xlabel="2 α / β = 2 log(n) / p", ylabel="collapse time t_C", title="collapse of Gaussian data (labels: p, n)")
+    dims = [(p, round(math.exp(RATIO * p / 2))) for p in effort.latent]
+    found = [measured_times(p, n, effort)["log_odds"] for p, n in dims]
+    inverse, values = 1 / np.array(effort.latent, float), np.array([value for value, _ in found])
+    used = slice(-min(4, len(values)), None)
+    slope, limit = np.polyfit(inverse[used], values[used], 1)
+    theory = collapse_time_linear(RATIO / 2, 1.0)
+    by_dimension.errorbar(
+        inverse, values, [2 * error for _, error in found], fmt="s", color="#e31a1c", label="exact score, log odds"
+    )
+    line = np.array([0, inverse.max()])
+    by_dimension.plot(
+        line, limit + slope * line, "--", color="#e31a1c", label=f"line through the largest p: {limit:.3f} at 1/p = 0"
+    )
+    by_dimension.plot(0, theory, "*", color="#333333", markersize=12, label=f"theory: {theory:.3f}")
+    by_dimension.set(xlabel="1 / p", ylabel="collapse time t_C", title=f"at 2 α / β = {RATIO}")
+    lines += ["", f"At 2 α / β = {RATIO}: {limit:.3f} extrapolated to 1/p = 0, theory {theory:.4f}.", ""]
+
+
+def speciation_part(effort: Effort, axes: object, lines: list[str]) -> None:
+    mean_norm_squared, within = 16.0, 1.0
+    t = np.linspace(0.5, 3.2, 200)
+    decay = np.exp(-2 * t)
+    axes.plot(
+        t, clone_agreement(mean_norm_squared * decay / (decay * within + 1 - decay)), color="#333333", label="closed form φ(a)"
+    )
+    lines += ["| t | clones measured | closed form |", "| --- | --- | --- |"]
+    for time in (0.8, 1.1, 1.386, 1.73, 2.1, 2.6):
+        share, error = clones(mean_norm_squared, within, time, effort)
+        decayed = math.exp(-2 * time)
+        expected = float(clone_agreement(mean_norm_squared * decayed / (decayed * within + 1 - decayed)))
+        axes.errorbar(time, share, 2 * error, fmt="o", color="#1f78b4", label="two runs of the exact SDE" if time == 0.8 else None)
+        lines.append(f"| {time} | {share:.3f} ± {error:.3f} | {expected:.3f} |")
+    for criterion, colour in (("saddle", "#ff7f00"), ("drift", "#33a02c"), ("clones", "#6a3d9a")):
+        when = speciation_time(mean_norm_squared, within, criterion)
+        axes.axvline(when, color=colour, linestyle=":", label=f"{criterion}: t_S = {when:.2f}")
+        lines.append(f"| speciation by {criterion} | t_S = {when:.3f} | |")
+    axes.set(xlabel="OU time t", ylabel="agreement of two clones", title="speciation, |μ|² = 16, variance 1 inside")
+
+
+def trained_part(effort: Effort, axes: object, lines: list[str]) -> None:
+    train = digits_split()[0]
+    sigmas, errors = trained_errors(effort)
+    eigenvalues = torch.linalg.eigvalsh(train.flatten(1).double().T.cov()).clamp_min(0).numpy()
+    information = held_out_information(sigmas, errors, eigenvalues)
+    values, sems = (np.array([getattr(i, name) for i in information]) for name in ("value", "sem"))
+    bound = 0.5 * np.log1p(eigenvalues / sigmas[:, None] ** 2).sum(1)
+    log_n = math.log(len(train))
+    copies = train.flatten(1).unique(dim=0)
+    exact = EmpiricalCollapse(copies, num_draws=effort.draws, generator=seeded())
+    marks = {
+        "information from held-out errors = log n": crossing(sigmas, values, log_n),
+        "covariance bound = log n": float(sigma_of_time(collapse_time_gaussian(eigenvalues, log_n))),
+        "exact score of the training set, E w = 1/2": exact.sigma().value,
+        "exact score of the training set, log odds": exact.sigma("log_odds").value,
+    }
+    axes.plot(sigmas, bound, color="#888888", label="Gaussian of the data's covariance (bound)")
+    axes.fill_between(sigmas, values - 2 * sems, values + 2 * sems, color="#1f78b4", alpha=0.3)
+    axes.plot(sigmas, values, color="#1f78b4", label="trained digits, from errors on unseen images (± 2 s.e.)")
+    axes.axhline(log_n, color="#333333", linewidth=0.8, label=f"log n, n = {len(train):,}")
+    for name in list(marks)[2:]:
+        axes.axvline(marks[name], color="#e31a1c", linestyle=":", label=f"{name}: σ = {marks[name]:.2f}")
+    axes.set(xscale="log", yscale="log", xlabel="noise σ", ylabel="I(x_0; x_σ) in nats", title="collapse of the bundled 8x8 digits")
+    lines += [
+        "",
+        "| collapse of the bundled digits by | σ_C |",
+        "| --- | --- |",
+        *(f"| {k} | {v:.3f} |" for k, v in marks.items()),
+        "",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--smoke", action="store_true", help="little of everything, in a temporary folder")
+    args = parser.parse_args()
+    effort = SMOKE if args.smoke else Effort()
+    output = Path(tempfile.mkdtemp()) if args.smoke and args.output == HERE / "results" else args.output
+    output.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    axes = figure.subplots(2, 2).ravel()
+    lines = ["# Speciation and collapse", "", f"Written by `examples/reproduce/transitions.py`. {VERDICT}", ""]
+    lines += ["![transitions](transitions.png)", ""]
+    collapse_part(effort, list(axes[:2]), lines)
+    speciation_part(effort, axes[2], lines)
+    trained_part(effort, axes[3], lines)
+    for panel in axes:
+        panel.legend(fontsize=8, loc="upper left" if panel is axes[1] else "best")
+        panel.grid(alpha=0.3)
+    figure.savefig(output / "transitions.png", dpi=90)
+    (output / "transitions.md").write_text("\n".join(lines))
+    print(output / "transitions.md")
+
+
+if __name__ == "__main__":
+    main()
