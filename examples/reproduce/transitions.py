@@ -40,7 +40,7 @@ from train_digits import digits_split  # noqa: E402
 VERDICT = """Collapse of the exact score comes earlier in generation (at
 larger t) than the theory of infinite dimension says, by a share below 3/p; the extrapolation in 1/p comes back to it. Two
 backward runs agree as often as the closed form says. For the trained digits the information from unseen images falls to log n
-where the exact score of their training set collapses; the Gaussian of their covariance bounds both from above, at a higher noise."""
+where the exact score of their training set collapses; the Gaussian of their covariance bounds that noise from above."""
 SIZES = ((4, 64), (8, 64), (8, 512), (8, 4096), (16, 512), (16, 4096))
 RATIO = 0.52  # 2 alpha / beta = 2 log(n) / p of the extrapolation
 
