@@ -33,7 +33,7 @@ GUIDED = {
     "dit-mnist": (50, (2.0, 4.0)),
     "sd3-mnist": (28, (3.0, 7.0)),
 }
-PIXEL_STEPS = 250
+PIXEL_STEPS = 100
 SEEDS = 10  # per phrase
 SMOKE = {"per_digit": 5, "samples": 70, "steps": 2, "seeds": 1, "phrases": 2}
 
