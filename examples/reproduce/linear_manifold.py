@@ -5,15 +5,14 @@ python examples/reproduce/linear_manifold.py        # about two minutes on two c
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from arguments import parse
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -217,13 +216,8 @@ def _first_above(times: np.ndarray, values: np.ndarray) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=HERE / "results")
-    parser.add_argument("--smoke", action="store_true", help="little of everything, in a temporary folder")
-    args = parser.parse_args()
-    effort = SMOKE if args.smoke else Effort()
-    output = Path(tempfile.mkdtemp()) if args.smoke and args.output == HERE / "results" else args.output
-    output.mkdir(parents=True, exist_ok=True)
+    output, smoke = parse(__doc__)
+    effort = SMOKE if smoke else Effort()
     text = ["# Linear manifolds", "", f"Written by `examples/reproduce/linear_manifold.py`. {VERDICT}", ""]
     for name in GAPS:
         traces = {"trained": analyse(pipeline(name), effort.steps), "exact": analyse(pipeline(name, exact=True), effort.steps)}

@@ -5,16 +5,15 @@ python examples/reproduce/transitions.py            # about three minutes on two
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from arguments import parse
 from diffusers import DDPMPipeline
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -208,13 +207,8 @@ def trained_part(effort: Effort, axes: object, lines: list[str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=HERE / "results")
-    parser.add_argument("--smoke", action="store_true", help="little of everything, in a temporary folder")
-    args = parser.parse_args()
-    effort = SMOKE if args.smoke else Effort()
-    output = Path(tempfile.mkdtemp()) if args.smoke and args.output == HERE / "results" else args.output
-    output.mkdir(parents=True, exist_ok=True)
+    output, smoke = parse(__doc__)
+    effort = SMOKE if smoke else Effort()
     figure = Figure(figsize=(12, 9), layout="constrained")
     axes = figure.subplots(2, 2).ravel()
     lines = ["# Speciation and collapse", "", f"Written by `examples/reproduce/transitions.py`. {VERDICT}", ""]
