@@ -10,7 +10,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def parse(document: str) -> tuple[Path, bool]:
-    """(folder for figures and tables, whether it is a smoke run: little of everything, in a temporary folder unless one is named)."""
+    """(folder for figures and tables, whether it is a smoke run: little of everything, in a temporary folder by default)."""
     parser = argparse.ArgumentParser(description=document.splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="little of everything, in a temporary folder")
