@@ -64,7 +64,7 @@ def absent_text_encoder(vocabulary: int) -> T5EncoderModel:
 
 
 def main() -> None:
-    args = finish(argument_parser(__doc__, steps=3000))
+    args = finish(argument_parser(__doc__, steps=2400))
     torch.manual_seed(0)
     tokenizer = load_tokenizer()
     pipe = StableDiffusion3Pipeline(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from training import argument_parser, finish, fit, write_training
 
 BATCH = 128
-STEPS = {"epsilon": 2200, "v_prediction": 1800}  # recitation takes longer than digits
+STEPS = {"epsilon": 2200, "v_prediction": 1600}  # recitation takes longer than digits
 PHRASE_SHARE = 0.12  # of the rows of a batch: planted phrases, and as many controls
 SCHEDULE = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False,
