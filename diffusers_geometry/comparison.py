@@ -70,18 +70,8 @@ class Comparison:
 
     def table(self) -> str:
         """A plain-text table, one line per step and sample: each measured number beside its prediction."""
-        names = [f"gap {position}" for position in self.gap_positions]
-        head = [
-            "sigma",
-            "sample",
-            "rms",
-            "max",
-            "sum",
-            "theory",
-            *(c for name in names for c in (name, "theory")),
-            "phase",
-            "theory",
-        ]
+        gaps = [column for position in self.gap_positions for column in (f"gap {position}", "predicted")]
+        head = ["sigma", "sample", "rms resid.", "max resid.", "sum", "predicted", *gaps, "phase", "predicted"]
         lines = [[f"{column:>10}" for column in head[:-2]] + [f"{column:<13}" for column in head[-2:]]]
         for row in self.rows():
             numbers = [v for k, v in row.items() if k not in ("sample", "phase_measured", "phase_predicted")]
@@ -115,7 +105,7 @@ def compare(trace: GeometryTrace, theory: LinearManifold) -> Comparison:
     measured = np.stack([step.denoised_singular_values for step in trace.steps])
     count, times = measured.shape[-1], trace.sigmas**2
     eigenvalues = theory.eigenvalues(dim)
-    predicted = np.where(np.isinf(times)[:, None], 0.0, eigenvalues / (eigenvalues + times[:, None]))[:, :count]
+    predicted = (eigenvalues / (eigenvalues + times[:, None]))[:, :count]
     positions, predicted_gaps = _gaps(theory, dim, times)
     values = np.concatenate([measured, np.full((*measured.shape[:2], 1), 0.0 if count == dim else np.nan)], axis=2)
     reached = [min(position, count) for position in positions]
@@ -129,11 +119,15 @@ def compare(trace: GeometryTrace, theory: LinearManifold) -> Comparison:
 
 
 def _gaps(theory: LinearManifold, dim: int, times: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """After how many directions the gaps lie, ascending, and their sizes, (steps, gaps): the final one last."""
-    finite = np.where(np.isinf(times), 1.0, times)
-    counts = [round(share * dim) for share in np.cumsum(theory.bulk_masses()[::-1])]
-    sizes = list(theory.intermediate_gaps(finite)[::-1])
+    """After how many directions the gaps lie, ascending, and their sizes, (steps, gaps): the final one last.
+
+    A bulk that holds less than half an eigenvalue at this dimension has no gap beside it.
+    """
+    counts = theory.bulk_counts(dim)[::-1]
+    positions, sizes = np.cumsum(counts).tolist(), list(theory.intermediate_gaps(times)[::-1])
     if theory.atom > 0:
-        sizes.append(theory.final_gap(finite))
-    gaps = np.stack(sizes, axis=1) if sizes else np.empty((len(times), 0))
-    return counts[: len(sizes)], np.where(np.isinf(times)[:, None], 0.0, gaps)
+        sizes.append(theory.final_gap(times))
+    sides = [*counts, dim - sum(counts)]
+    kept = [i for i in range(len(sizes)) if sides[i] > 0 and sides[i + 1] > 0]
+    gaps = np.stack([sizes[i] for i in kept], axis=1) if kept else np.empty((len(times), 0))
+    return [positions[i] for i in kept], gaps

@@ -48,6 +48,19 @@ def test_a_wrong_theory_does_not_agree(trace):
     assert trace.compare(LinearManifold(0.2, (1.0, 0.1))).gap_positions == (12, 24)
 
 
+@pytest.mark.parametrize("dim", [13, 61])
+def test_odd_dimensions_and_bulks_too_small_to_hold_an_eigenvalue(dim):
+    found = exact_trace(10 * (dim // 10), record_steps=[12]).compare(LinearManifold(0.4, (1.0, 0.1)))
+    theory = LinearManifold(0.3, (10, 0.1), (0.02, 0.98))
+    few = exact_trace(60, record_steps=[12]).compare(theory)
+    assert theory.bulk_counts(60) == [18, 0]
+    assert few.gap_positions == (18,)
+    for comparison in (found, few):
+        for j, position in enumerate(comparison.gap_positions):
+            drop = comparison.predicted[:, position - 1] - comparison.predicted[:, position]
+            assert (drop >= comparison.predicted_gaps[:, j] - 1e-9).all()  # quantiles lie inside the edges
+
+
 def test_table_and_figure(trace, tmp_path):
     found = trace.compare(LinearManifold(0.4, (1.0, 0.1)))
     lines = found.table().splitlines()

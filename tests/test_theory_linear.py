@@ -11,11 +11,18 @@ from diffusers_geometry.exact import LinearManifoldDenoiser
 from diffusers_geometry.theory import LinearManifold
 
 RNG = np.random.default_rng(0)
-RANDOM = [
-    (ratio, tuple(np.exp(RNG.uniform(-4, 2, count))), tuple(RNG.dirichlet(np.full(count, 2.0))))
-    for ratio in (0.03, 0.3, 0.8, 1.5, 4.0)
-    for count in (1, 2, 3, 4)
-]
+RANDOM = (
+    [
+        (ratio, tuple(np.exp(RNG.uniform(-4, 2, count))), tuple(RNG.dirichlet(np.full(count, 2.0))))
+        for ratio in (0.03, 0.3, 0.8, 1.5, 4.0)
+        for count in (1, 2, 3, 4)
+    ]
+    + [  # many and close variances, and some very far apart
+        (0.4, tuple(np.linspace(low, high, count)), (1 / count,) * count)
+        for low, high, count in ((1, 1.1, 25), (1, 1.5, 30), (0.5, 2, 20))
+    ]
+    + [(0.4, tuple(np.logspace(-3, 3, 9)), (1 / 9,) * 9), (0.999, (1.0, 1e-3), (0.5, 0.5)), (0.5, (1.0, 1e6), (1 - 1e-6, 1e-6))]
+)
 
 
 def area(manifold, fn=lambda values: 1.0):
@@ -87,7 +94,7 @@ def test_critical_ratio(variances, fraction, printed):
 def test_densities_integrate_to_one(ratio, variances, fractions):
     manifold = LinearManifold(ratio, variances, fractions)
     assert manifold.atom + area(manifold) == pytest.approx(1, abs=1e-8)
-    mean = ratio * np.dot(variances, fractions) / ratio  # tr F F^T / d = sum f tau
+    mean = np.dot(variances, fractions)  # tr F F^T / d
     assert area(manifold, lambda value: value) == pytest.approx(mean, rel=1e-8)
     t = math.sqrt(manifold.bulk_edges()[0][0] * manifold.bulk_edges()[-1][1]) + 0.1
     assert area(manifold, lambda value: value / (value + t)) == pytest.approx(manifold.effective_dimension(t), rel=1e-8)
@@ -138,6 +145,9 @@ def test_effective_dimension_of_one_variance_is_the_root_of_a_quadratic(ratio):
     expected = 1 - t * (-b + np.sqrt(b**2 + 4 * a)) / (2 * a)
     np.testing.assert_allclose(LinearManifold(ratio, (2.0,)).effective_dimension(t), expected, rtol=1e-9)
     assert LinearManifold(ratio).effective_dimension(0.0) == min(ratio, 1)
+    assert LinearManifold(ratio).effective_dimension(np.inf) == 0
+    for far in (1e9, 1e15, 1e200):  # tr D' -> tr F F^T / t
+        assert far * LinearManifold(ratio, (2.0,)).effective_dimension(far) == pytest.approx(2.0, rel=1e-6)
     assert LinearManifold(ratio).effective_dimension(t.reshape(1, 13)).shape == (1, 13)
 
 
@@ -156,6 +166,22 @@ def test_peaks_and_windows_are_those_of_the_gaps():
     assert manifold.bulk_edges()[0][0] / (manifold.bulk_edges()[0][0] + consolidation) == pytest.approx(0.9)
     assert manifold.bulk_edges()[-1][1] / (manifold.bulk_edges()[-1][1] + trivial) == pytest.approx(0.1)
     assert LinearManifold(0.3, (2.0,)).bulk_width_peak() == (pytest.approx(2 * (1 / 0.3 - 1)), pytest.approx(math.sqrt(0.3)))
+
+
+def test_variances_that_differ_by_rounding_are_one_group():
+    one, two = LinearManifold(0.4, (0.3,)), LinearManifold(0.4, (0.3, 0.1 + 0.2))
+    assert one.bulk_edges() == two.bulk_edges()
+    assert (LinearManifold(0.4, (1, 0.1)).intermediate_gaps([0.0, np.inf]) == 0).all()
+    assert LinearManifold(0.4, (1, 0.1)).final_gap(np.inf) == 0
+
+
+@pytest.mark.parametrize("dim", [13, 57, 100, 199])
+def test_counts_of_the_bulks(dim):
+    manifold = LinearManifold(0.4, (1, 0.1))
+    counts, values = manifold.bulk_counts(dim), manifold.eigenvalues(dim)
+    assert (values > 0).sum() == sum(counts) == round(0.4 * dim)
+    assert (values > 0.6).sum() == counts[1]  # the bulks are apart around 0.6
+    assert abs(counts[0] - 0.2 * dim) <= 1
 
 
 def test_densities_of_the_jacobians_are_the_same_law():
@@ -232,7 +258,7 @@ def test_the_exact_denoiser_has_the_effective_dimension():
         ({"dim_ratio": 0.5, "variances": ()}, r"variances=\(\). Expected finite"),
         (
             {"dim_ratio": 0.5, "variances": (1, 2), "fractions": (0.5, 0.6)},
-            r"fractions=\(0.5, 0.6\). Expected 2 numbers > 0 that sum to 1",
+            r"fractions=\(0.5, 0.6\). Expected 2 numbers > 1e-20 that sum to 1",
         ),
         ({"dim_ratio": 0.5, "variances": (1, 2), "fractions": (1.0,)}, r"Expected 2 numbers"),
         ({"dim_ratio": 0.5, "norm": "n"}, r"norm='n'. Expected 'm' or 'd'"),

@@ -18,7 +18,7 @@ from diffusers_geometry.theory import (
     speciation_time,
     time_of_sigma,
 )
-from diffusers_geometry.theory.glm import activation_moments
+from diffusers_geometry.theory.glm import _Channel, activation_moments
 from diffusers_geometry.theory.transitions import (
     clone_snr,
     gaussian_information,
@@ -43,7 +43,9 @@ def test_collapse_of_a_linear_manifold(beta, t, sigma):
 
 @pytest.mark.parametrize(("count", "log_n"), [(1, 1e-3), (40, 10.0), (40, 500.0), (1000, 2000.0)])
 def test_collapse_of_equal_eigenvalues_is_that_of_the_linear_manifold(count, log_n):
-    assert collapse_time_gaussian(np.ones(count), log_n) == pytest.approx(collapse_time_linear(log_n / count, 1.0), rel=1e-9)
+    expected = collapse_time_linear(log_n / count, 1.0)
+    assert collapse_time_gaussian(np.ones(count), log_n) == pytest.approx(expected, rel=1e-9, abs=0)
+    assert collapse_time_linear(20, 1) == pytest.approx(math.exp(-40) / 2, rel=1e-9, abs=0)
 
 
 def test_collapse_of_a_gaussian_is_where_its_information_is_log_n():
@@ -67,7 +69,7 @@ def test_identity_activation_is_marchenko_pastur(beta, t):
     )
     found = glm_information(t, beta, "identity")
     assert found.value == pytest.approx(exact, abs=1e-9)
-    assert not found.is_first_order
+    assert not found.has_competing_minima
     assert glm_information(t, beta, "identity", mean_overlap=2.0).value == pytest.approx(exact, abs=1e-9)
 
 
@@ -90,24 +92,63 @@ def test_a_function_is_taken_as_an_activation():
     assert glm_information(0.3, 0.5, np.tanh) == glm_information(0.3, 0.5, "tanh")
 
 
-def test_brute_force_of_sign():
-    """p = 4, d = 12, all sign patterns of W z met by sampling z: the finite model is near its limit."""
-    rng, t = np.random.default_rng(0), 0.3
+def sign_information(latent, dim, t, draws=40):
+    """I / d of x_0 = sign(W z) by enumeration of the patterns that sampled z meet: mean over W, and its standard error."""
+    rng = np.random.default_rng(0)
     decay, noise = math.exp(-t), -math.expm1(-2 * t)
     informations = []
-    for _ in range(40):
-        weights = rng.normal(size=(12, 4)) / 2
-        support, counts = np.unique(np.sign(rng.normal(size=(40_000, 4)) @ weights.T), axis=0, return_counts=True)
+    for _ in range(draws):
+        weights = rng.normal(size=(dim, latent)) / math.sqrt(latent)
+        support, counts = np.unique(np.sign(rng.normal(size=(40_000, latent)) @ weights.T), axis=0, return_counts=True)
         probability = counts / counts.sum()
         chosen = rng.choice(len(support), 200, p=probability)
-        y = decay * support[chosen] + math.sqrt(noise) * rng.normal(size=(200, 12))
+        y = decay * support[chosen] + math.sqrt(noise) * rng.normal(size=(200, dim))
         squares = ((y[:, None] - decay * support) ** 2).sum(2)
         own = ((y - decay * support[chosen]) ** 2).sum(1)
-        informations.append((-logsumexp(-squares / (2 * noise), axis=1, b=probability) - own / (2 * noise)).mean() / 12)
-    mean, error = np.mean(informations), np.std(informations) / math.sqrt(40)
-    limit = glm_information(t, 4 / 12, "sign").value
-    assert error < 0.01
-    assert abs(mean - limit) < 0.08 * limit + 3 * error  # theory.md: 4 to 8 % at this size
+        informations.append((-logsumexp(-squares / (2 * noise), axis=1, b=probability) - own / (2 * noise)).mean() / dim)
+    return np.mean(informations), np.std(informations) / math.sqrt(draws)
+
+
+def test_brute_force_of_sign():
+    """Finite models of p = 2 and 4, d = 3 p, extrapolated in 1/d, end at the limit of their ratio and not at that of another."""
+    (small, small_error), (large, large_error) = (sign_information(p, 3 * p, 0.3, draws) for p, draws in ((2, 400), (4, 100)))
+    found, error = 2 * large - small, math.hypot(2 * large_error, small_error)
+    assert error < 0.006
+    assert abs(found - glm_information(0.3, 1 / 3, "sign").value) < 3 * error
+    assert abs(found - glm_information(0.3, 0.25, "sign").value) > 3 * error
+
+
+@pytest.mark.parametrize(("beta", "expected"), [(0.003, 0.0160), (0.001, 0.00643), (3e-4, 0.00229)])
+def test_sign_of_few_latents(beta, expected):
+    """Overlaps near one: the information of a step lives in the width around it, I_q = c sqrt(1 - q), and there is one minimum.
+
+    Expected: min over q of c sqrt(1 - q) - beta / 2 (q + log(1 - q)) with the c of q = 0.99, found on another grid.
+    """
+    channel = _Channel(0.3, np.sign, 1.0, 0.0)
+    constants = [channel.information(1 - rest) / math.sqrt(rest) for rest in (1e-2, 2e-3, 1e-3, 1e-4, 1e-6)]
+    np.testing.assert_allclose(constants, constants[0], rtol=0.02)
+    rest = np.logspace(-8, 0, 100_001)[:-1]
+    least = (constants[3] * np.sqrt(rest) - beta / 2 * (1 - rest + np.log(rest))).min()
+    found = glm_information(0.3, beta, "sign")
+    assert len(found.minima) == 1
+    assert found.value == pytest.approx(least, rel=2e-3)
+    assert found.value == pytest.approx(expected, rel=0.01)
+
+
+def test_steep_activations_get_a_finer_grid():
+    """phi = 30 tanh at a short time, without overlap: the entropy of one scalar, summed on a finer grid than any of the channel."""
+    steep, t = _Channel(0.05, lambda u: 30 * np.tanh(u), 1.0, 0.0), 0.05
+    assert len(steep.field) > 1600
+    decay, noise = math.exp(-t), math.sqrt(-math.expm1(-2 * t))
+    u = (np.arange(40_000) + 0.5) / 40_000 * 16 - 8
+    mass = np.exp(-0.5 * u**2) / np.exp(-0.5 * u**2).sum()
+    y = np.arange(-33, 33, noise / 4)
+    density = np.array([(mass * np.exp(-0.5 * ((v - decay * 30 * np.tanh(u)) / noise) ** 2)).sum() for v in y])
+    density /= math.sqrt(2 * math.pi) * noise
+    entropy = -(density * np.log(np.maximum(density, 1e-300))).sum() * noise / 4
+    assert steep.information(0.0) == pytest.approx(entropy - 0.5 * math.log(2 * math.pi * math.e * noise**2), abs=1e-4)
+    with pytest.raises(ValueError, match=r"t=0.0001 is too short for this activation"):
+        _Channel(1e-4, lambda u: 1e4 * np.tanh(30 * u), 1.0, 0.0)
 
 
 def test_a_binary_channel_runs_out_of_information():
@@ -121,6 +162,7 @@ def test_clone_agreement():
     np.testing.assert_allclose([clone_snr(v) for v in (0.75, 0.8, 0.9)], [0.850844, 1.167985, 2.227886], atol=1e-6)
     assert clone_agreement(0.0) == 0.5
     assert clone_agreement(300.0) == pytest.approx(1)
+    assert clone_agreement(math.inf) == 1
     draws = np.random.default_rng(0).normal(size=400_000)
     assert (1 + np.tanh(1.7 + math.sqrt(1.7) * draws).mean()) / 2 == pytest.approx(clone_agreement(1.7), abs=2e-3)
 
@@ -184,6 +226,13 @@ def test_the_area_law():
         (lambda: collapse_time_gaussian([1, -1], 1.0), r"at least one of them positive"),
         (lambda: collapse_time_gaussian([1.0], 0.0), r"log_n=0.0"),
         (lambda: glm_information(-0.1, 0.5), r"t=-0.1"),
+        (lambda: glm_information(1e-5, 0.5), r"t=1e-05. Expected at least 0.0001"),
+        (lambda: sigma_of_time(-1.0), r"t=-1.0. Expected numbers >= 0"),
+        (lambda: time_of_sigma([math.nan]), r"sigma=\[nan\]. Expected numbers >= 0"),
+        (
+            lambda: information_from_dimension([0.5, 1.0], [1, math.nan]),
+            r"dimensions has negative numbers or some that are not finite",
+        ),
         (lambda: glm_information(0.1, 0.5, "gelu"), r"activation='gelu'. Expected one of \['identity', "),
         (lambda: glm_information(0.1, 0.5, mean_overlap=-1), r"mean_overlap=-1"),
         (lambda: clone_agreement([-1.0]), r"snr=\[-1.0\]. Expected numbers >= 0"),

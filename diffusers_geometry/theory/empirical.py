@@ -41,23 +41,24 @@ class EmpiricalCollapse:
     """The U-turn of one finite data set, on draws that are the same at every noise level.
 
     Args:
-        data: Different points, shape (n, *dims), n >= 2.
+        data: Different points, shape (n, *dims), n >= 3: of two, one is always the likelier parent by more than a half.
         num_draws: Noised examples that expectations are taken over; each carries its own noise.
         generator: Draws parents and noise.
 
     Raises:
-        ValueError: fewer than two points, copies among them, or numbers that are not finite.
+        ValueError: fewer than three points, copies among them, or numbers that are not finite.
     """
 
     def __init__(self, data: Tensor, *, num_draws: int = 2000, generator: torch.Generator | None = None) -> None:
-        points = data.flatten(1).double() if data.ndim > 1 else data.double()[:, None]
-        if len(points) < 2 or not points.isfinite().all():
-            raise ValueError(f"data has shape {tuple(data.shape)}. Expected at least two points, all finite.")
+        if data.ndim < 1 or len(data) < 3 or not data.isfinite().all():
+            raise ValueError(f"data has shape {tuple(data.shape)}. Expected (n, *dims), at least three points, all finite.")
+        points = data.double().reshape(len(data), -1)
         if len(points.unique(dim=0)) < len(points):
             raise ValueError("data has copies of points. Expected different ones: a copy takes half of its twin's weight.")
         if num_draws < 2:
             raise ValueError(f"num_draws={num_draws}. Expected at least 2.")
         self.points = points - points.mean(dim=0)  # close points far from the origin keep their digits
+        self.scale = self.points.square().sum(1).mean().sqrt().item()
         self.parents = torch.randint(len(points), (num_draws,), generator=generator)
         self.noise = torch.randn(num_draws, points.shape[1], dtype=torch.float64, generator=generator)
 
@@ -72,9 +73,13 @@ class EmpiricalCollapse:
         return torch.cat(found)
 
     def at(self, sigma: float) -> ParentWeight:
-        """The parent's weight at noise ``sigma`` > 0, with standard errors over the draws."""
-        if not 0 < sigma < math.inf:
-            raise ValueError(f"sigma={sigma}. Expected a finite number > 0.")
+        """The parent's weight at noise ``sigma``, with standard errors over the draws.
+
+        Raises:
+            ValueError: ``sigma`` is not within 1e-8 and 1e8 of the data's root mean square distance from their mean.
+        """
+        if not 1e-8 < sigma / self.scale < 1e8:
+            raise ValueError(f"sigma={sigma}. Expected within {1e-8 * self.scale:.3g} and {1e8 * self.scale:.3g}.")
         log_odds = self._log_odds(sigma)
         return ParentWeight(*(_mean(values) for values in (log_odds.sigmoid(), log_odds)))
 
@@ -87,8 +92,7 @@ class EmpiricalCollapse:
         def excess(log_sigma: float) -> float:
             return getattr(self.at(math.exp(log_sigma)), criterion).value - level
 
-        scale = math.log(self.points.square().sum(1).mean().sqrt().item())
-        low, high = scale - 1, scale + 1
+        low, high = math.log(self.scale) - 1, math.log(self.scale) + 1
         while excess(low) < 0:
             low -= 1
         while excess(high) > 0:
@@ -122,6 +126,8 @@ def held_out_information(sigmas: ArrayLike, errors: Tensor, eigenvalues: ArrayLi
         shape = tuple(errors.shape)
         raise ValueError(f"errors has shape {shape}. Expected (sigmas, points), at least two points, finite and >= 0.")
     levels = np.asarray(sigmas, float)
+    if levels.shape != (len(errors),) or not (levels > 0).all():
+        raise ValueError(f"sigmas has shape {levels.shape}. Expected ({len(errors)},), positive numbers, one a row of errors.")
     each = np.stack([information_from_dimension(levels, column / levels**2) for column in errors.double().numpy().T])
     tail = 0.0 if eigenvalues is None else gaussian_information(eigenvalues, float(time_of_sigma(levels[-1])))
     sems = each.std(0, ddof=1) / math.sqrt(len(each))

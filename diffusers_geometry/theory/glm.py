@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.special import ndtr
 
 Activation = Literal["identity", "tanh", "relu", "sign"] | Callable[[np.ndarray], np.ndarray]
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -27,8 +28,9 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sign": np.sign,
 }
 REACH = 8.5  # standard deviations within which Gaussian integrals are taken; e^(-REACH^2 / 2) is 2e-16
-_FIELD_CELLS = 1600  # of the grid over the argument of phi
-_NARROW = 1e-3  # 1 - q below which the argument of phi hardly varies, and 21 Hermite nodes take its mean
+NARROW = 1e-3  # 1 - q below which the argument of phi hardly varies
+LARGEST_KERNEL = 5e7  # numbers in the table of output densities
+SHORTEST = 1e-4  # time down to which the information is computed
 _OVERLAPS = 1 - np.concatenate([[1.0], np.logspace(-0.02, -9, 48)])  # grid over q
 
 
@@ -47,8 +49,8 @@ class GLMInformation:
     minima: tuple[tuple[float, float], ...]
 
     @property
-    def is_first_order(self) -> bool:
-        """Whether several minima compete, so that the overlap jumps where they are equal."""
+    def has_competing_minima(self) -> bool:
+        """Whether there are several minima: a transition of first order is near, at which the overlap jumps from one to another."""
         return len(self.minima) > 1
 
 
@@ -58,16 +60,18 @@ def glm_information(
     """I(x_0; x_t) / d for x_0 = phi(W z), z = +-mu + N(0, I_p), in the limit of large dimensions.
 
     Args:
-        t: OU time, positive.
+        t: OU time, at least 1e-4.
         dim_ratio: beta = p / d, positive.
-        activation: phi, a name or a function on arrays.
+        activation: phi, a name or a function on arrays, smooth but for a jump or a kink at zero.
         weight_variance: v_w, the variance of a component of W xi: 1 for W_ij ~ N(0, 1/p), beta for N(0, 1/d).
         mean_overlap: v_mu = |W mu|^2 / d.
 
     Raises:
         ValueError: an argument out of range.
     """
-    positive(t=t, dim_ratio=dim_ratio, weight_variance=weight_variance)
+    check_positive(t=t, dim_ratio=dim_ratio, weight_variance=weight_variance)
+    if t < SHORTEST:
+        raise ValueError(f"t={t}. Expected at least {SHORTEST:g}.")
     if not mean_overlap >= 0:
         raise ValueError(f"mean_overlap={mean_overlap}. Expected a number >= 0.")
     channel = _Channel(t, activation_function(activation), weight_variance, mean_overlap)
@@ -103,7 +107,7 @@ class ActivationMoments:
 
 def activation_moments(activation: Activation = "tanh", variance: float = 1.0) -> ActivationMoments:
     """The Gaussian moments of phi that rule the covariance of phi(W z); ``variance`` positive."""
-    positive(variance=variance)
+    check_positive(variance=variance)
     nodes = gaussian_nodes(1e-3)
     weights = np.exp(-0.5 * nodes**2)
     weights /= weights.sum()
@@ -118,14 +122,26 @@ class _Channel:
     def __init__(self, t: float, phi: Callable[[np.ndarray], np.ndarray], weight_variance: float, mean_overlap: float) -> None:
         self.decay, self.noise = math.exp(-t), math.sqrt(-math.expm1(-2 * t))
         self.phi, self.weight_variance, self.mean_overlap = phi, weight_variance, mean_overlap
-        reach = REACH * math.sqrt(weight_variance + mean_overlap)
-        edges = np.linspace(-reach, reach, _FIELD_CELLS + 1)
-        self.field = (edges[1:] + edges[:-1]) / 2  # midpoints, so that a kink of phi at zero is between two of them
-        levels = self.decay * phi(self.field)
-        margin = REACH * self.noise
-        self.output = np.arange(levels.min() - margin, levels.max() + margin, self.noise / 5)
+        self.field = self._field(REACH * math.sqrt(weight_variance + mean_overlap))
+        levels, margin = self.decay * phi(self.field), REACH * self.noise
+        outputs = (np.ptp(levels) + 2 * margin) / (self.noise / 5)
+        if outputs * len(self.field) > LARGEST_KERNEL:
+            raise ValueError(f"t={t} is too short for this activation, whose slope or range is large. Expected a longer time.")
+        self.output = levels.min() - margin + np.arange(math.ceil(outputs)) * self.noise / 5
         self.kernel = self._gaussian(self.output[:, None] - levels)  # (Y, field)
-        self.hermite = np.polynomial.hermite_e.hermegauss(21)
+        below, above = phi(np.array([-1e-9, 1e-9]))
+        self.jumps = abs(above - below) > 1e-6
+
+    def _field(self, reach: float) -> np.ndarray:
+        """Midpoints of cells over the argument of phi, an edge at zero, fine enough that phi moves by less than half the noise."""
+        cells = 1600
+        while True:
+            field = (np.arange(cells) + 0.5 - cells / 2) * (2 * reach / cells)
+            moves = np.abs(np.diff(self.decay * self.phi(field)))
+            moves[cells // 2 - 1] = 0.0  # a jump at zero is between two cells, as it should be
+            if moves.max() < self.noise / 2 or cells > LARGEST_KERNEL:
+                return field
+            cells *= 2
 
     def _gaussian(self, difference: np.ndarray) -> np.ndarray:
         return np.exp(-0.5 * (difference / self.noise) ** 2) / (math.sqrt(2 * math.pi) * self.noise)
@@ -133,21 +149,42 @@ class _Channel:
     def information(self, q: float) -> float:
         """I_q = E_V[h(Y | V)] - h(Y | V, w)."""
         spread, width = math.sqrt(self.mean_overlap + self.weight_variance * q), math.sqrt(self.weight_variance * (1 - q))
-        nodes = gaussian_nodes(0.2 if spread == 0 else min(0.2, max(width / (2 * spread), 0.01)))
-        centres, weights = spread * nodes, np.exp(-0.5 * nodes**2)
-        weights /= weights.sum()
-        if 1 - q > _NARROW:
+        if 1 - q > NARROW:
+            nodes = gaussian_nodes(0.2 if spread == 0 else min(0.2, width / (2 * spread)))
+            centres, weights = spread * nodes, np.exp(-0.5 * nodes**2)
             mixing = np.exp(-0.5 * ((self.field - centres[:, None]) / width) ** 2)  # (V, field)
             density = (mixing / mixing.sum(axis=1, keepdims=True)) @ self.kernel.T
         else:
-            points, shares = self.hermite
-            levels = self.decay * self.phi(centres[:, None] + width * points)  # (V, w)
-            density = sum(
-                share * self._gaussian(self.output - level[:, None])
-                for share, level in zip(shares / shares.sum(), levels.T, strict=True)
-            )
+            # V = (width / spread) sinh(s): as fine as the width near zero, where phi may jump, and coarse far from it.
+            scale = width / spread
+            s = gaussian_nodes(0.05, math.asinh(REACH / scale))
+            nodes = scale * np.sinh(s)
+            centres, weights = spread * nodes, np.cosh(s) * np.exp(-0.5 * nodes**2)
+            near = np.abs(centres) < REACH * width if self.jumps else np.zeros(len(centres), bool)
+            density = np.empty((len(centres), len(self.output)))
+            density[~near] = self._narrow(centres[~near], width)
+            density[near] = self._across_the_jump(centres[near], width)
         entropy = -np.where(density > 0, density * np.log(np.maximum(density, 1e-300)), 0.0).sum(axis=1) * self.noise / 5
-        return float(weights @ entropy) - 0.5 * math.log(2 * math.pi * math.e * self.noise**2)
+        return float(weights @ entropy / weights.sum()) - 0.5 * math.log(2 * math.pi * math.e * self.noise**2)
+
+    def _narrow(self, centres: np.ndarray, width: float) -> np.ndarray:
+        """Densities of Y where phi is smooth over the width around each centre, (centres, Y): 21 Hermite nodes."""
+        points, shares = np.polynomial.hermite_e.hermegauss(21)
+        levels = self.decay * self.phi(centres[:, None] + width * points)
+        return self._mixture(levels, np.broadcast_to(shares / shares.sum(), levels.shape))
+
+    def _across_the_jump(self, centres: np.ndarray, width: float) -> np.ndarray:
+        """Densities of Y where zero is within the width: cells of w with their exact masses, one edge where phi jumps."""
+        edges = np.linspace(-REACH, REACH, 86)
+        edges = np.sort(np.concatenate([np.tile(edges, (len(centres), 1)), -centres[:, None] / width], axis=1), axis=1)
+        masses = np.diff(ndtr(edges), axis=1)
+        middles = (edges[:, 1:] + edges[:, :-1]) / 2
+        return self._mixture(self.decay * self.phi(centres[:, None] + width * middles), masses / masses.sum(axis=1, keepdims=True))
+
+    def _mixture(self, levels: np.ndarray, shares: np.ndarray) -> np.ndarray:
+        """sum_j shares_j N(Y; level_j, noise^2) for every row, (rows, Y)."""
+        columns = zip(levels.T, shares.T, strict=True)
+        return sum((share[:, None] * self._gaussian(self.output - level[:, None]) for level, share in columns), np.zeros(()))
 
 
 def activation_function(activation: Activation) -> Callable[[np.ndarray], np.ndarray]:
@@ -159,15 +196,14 @@ def activation_function(activation: Activation) -> Callable[[np.ndarray], np.nda
     return ACTIVATIONS[activation]
 
 
-def gaussian_nodes(step: float) -> np.ndarray:
-    """Midpoints of cells between -REACH and REACH: with Gaussian weights, an integral that converges faster than any power."""
-    half = math.ceil(REACH / step)
+def gaussian_nodes(step: float, reach: float = REACH) -> np.ndarray:
+    """Midpoints of cells between -reach and reach: with Gaussian weights, an integral that converges faster than any power."""
+    half = math.ceil(reach / step)
     return (np.arange(-half, half) + 0.5) * step
 
 
-def positive(**values: float) -> float:
-    """The first of some named numbers, which must all be positive and finite."""
+def check_positive(**values: float) -> None:
+    """Raises ValueError unless all numbers are positive and finite."""
     for name, value in values.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name}={value}. Expected a finite number > 0.")
-    return next(iter(values.values()))

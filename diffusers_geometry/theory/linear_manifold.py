@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike
 
 from .silverstein import EigenvalueLaw
 
+SAME_VARIANCE, LEAST_FRACTION = 1e-10, 1e-20  # relative difference of variances, and share of a group, that doubles can tell
 QUANTILE_NODES = 4001  # of the grid over a bulk from which quantiles are read
 # Mean and standard deviation of the Tracy-Widom law for real matrices (Tracy and Widom 1996; Bornemann 2010, arXiv:0904.1581).
 TRACY_WIDOM_MEAN, TRACY_WIDOM_SD = -1.2065335745820, 1.2680340580160
@@ -47,21 +48,22 @@ class LinearManifold:
         norm: Literal["m", "d"] = "m",
     ) -> None:
         variances = [float(v) for v in variances]
-        fractions = (
-            [1 / len(variances)] * len(variances) if fractions is None and variances else [float(f) for f in fractions or ()]
-        )
+        if fractions is None:
+            fractions = [1 / max(len(variances), 1)] * len(variances)
+        fractions = [float(f) for f in fractions]
         if not (0 < dim_ratio < math.inf):
             raise ValueError(f"dim_ratio={dim_ratio}. Expected a finite number > 0, the ratio m / d.")
         if not variances or not all(0 < v < math.inf for v in variances):
             raise ValueError(f"variances={tuple(variances)}. Expected finite numbers > 0, one for each group of columns.")
-        if len(fractions) != len(variances) or not all(f > 0 for f in fractions) or abs(sum(fractions) - 1) > 1e-9:
-            raise ValueError(f"fractions={tuple(fractions)}. Expected {len(variances)} numbers > 0 that sum to 1.")
+        if len(fractions) != len(variances) or not all(f >= LEAST_FRACTION for f in fractions) or abs(sum(fractions) - 1) > 1e-9:
+            raise ValueError(f"fractions={tuple(fractions)}. Expected {len(variances)} numbers > {LEAST_FRACTION} that sum to 1.")
         if norm not in ("m", "d"):
             raise ValueError(f"norm={norm!r}. Expected 'm' or 'd'.")
         self.dim_ratio, self.norm = float(dim_ratio), norm
-        # Equal variances are one group; ascending, as the bulks are.
-        tau = np.unique(variances)
-        shares = np.array([sum(f for f, v in zip(fractions, variances, strict=True) if v == value) for value in tau])
+        order = np.argsort(variances)  # ascending, as the bulks are
+        tau, shares = np.array(variances)[order], np.array(fractions)[order]
+        starts = np.flatnonzero(np.append(True, np.diff(tau) > SAME_VARIANCE * tau[1:]))  # equal ones are one group
+        tau, shares = tau[starts], np.add.reduceat(shares, starts)
         self._law = EigenvalueLaw(self.dim_ratio, tau, shares)
         self._unit = 1.0 if norm == "m" else self.dim_ratio
 
@@ -95,15 +97,17 @@ class LinearManifold:
         places = np.asarray(eigenvalues, float)
         return (self._law.density(places.ravel() / self._unit) / self._unit).reshape(places.shape)
 
-    def eigenvalues(self, dim: int) -> np.ndarray:
-        """What a matrix of d = ``dim`` rows has to expect, descending, (dim,): the middles of d equal shares of the law.
-
-        The number of non-zero ones is the nearest to alpha d, shared over the bulks by their masses.
-        """
+    def bulk_counts(self, dim: int) -> list[int]:
+        """How many of ``dim`` eigenvalues every bulk holds, ascending: sums of the masses from the top, rounded; dim >= 2."""
         _check_dim(dim)
-        shares = np.cumsum([0.0, *self.bulk_masses()])
-        counts = np.diff(np.round(shares * dim).astype(int))
-        found = [self._quantiles(low, high, count) for (low, high), count in zip(self.bulk_edges(), counts, strict=True)]
+        from_top = np.round(np.cumsum(self.bulk_masses()[::-1]) * dim).astype(int)
+        return np.diff(np.append(0, from_top))[::-1].tolist()
+
+    def eigenvalues(self, dim: int) -> np.ndarray:
+        """What a matrix of d = ``dim`` rows has to expect, descending, (dim,): the middles of equal shares of every bulk."""
+        found = [
+            self._quantiles(low, high, count) for (low, high), count in zip(self.bulk_edges(), self.bulk_counts(dim), strict=True)
+        ]
         positive = np.concatenate(found)[::-1]
         return np.append(positive, np.zeros(dim - len(positive)))
 
@@ -162,13 +166,14 @@ class LinearManifold:
         return np.where((u > 0) & (u < 1), self.density(t * safe / (1 - safe)) * t / (1 - safe) ** 2, 0.0)
 
     def effective_dimension(self, t: ArrayLike) -> np.ndarray:
-        """tr D' / d = 1 - t g(-t), g the resolvent: for one variance the root of a quadratic. Same shape as ``t``, t >= 0."""
+        """tr D' / d, from min(alpha, 1) at t = 0 to 0 at t = infinity. Same shape as ``t``."""
         times = _times(t)
-        found = [
-            min(self.dim_ratio, 1.0) if value == 0 else 1 - value / self._unit * self._law.resolvent(value / self._unit)
-            for value in times.ravel()
-        ]
-        return np.array(found).reshape(times.shape)[()]
+        return np.array([self._kept_share(value / self._unit) for value in times.ravel()]).reshape(times.shape)[()]
+
+    def _kept_share(self, t: float) -> float:
+        if t == 0:
+            return min(self.dim_ratio, 1.0)
+        return 0.0 if math.isinf(t) else self._law.kept_share(t)
 
     # -- Gaps and phases ----------------------------------------------------------------------------
 
@@ -201,7 +206,8 @@ class LinearManifold:
     def intermediate_gaps(self, t: ArrayLike) -> np.ndarray:
         """Gaps between neighbouring bulks, in D' units, ascending in the bulks, shape (pairs, *t.shape); t >= 0."""
         times = _times(t)
-        found = [times * (b - a) / ((a + times) * (b + times)) for a, b in self._neighbours()]
+        finite = np.where(np.isinf(times), 0.0, times)  # at either end every gap is closed
+        found = [finite * (b - a) / ((a + finite) * (b + finite)) for a, b in self._neighbours()]
         return np.array(found).reshape(len(found), *times.shape)
 
     def gap_peak_times(self) -> np.ndarray:

@@ -104,25 +104,17 @@ class EigenvalueLaw:
         return Edge(self.z(h), h, True)
 
     def _roots(self, eigenvalues: np.ndarray) -> np.ndarray:
-        """All h with z(h) = l, (n, K + 1): alpha l h P + P - alpha h S = 0 with P = prod (1 + tau h), S = sum f tau prod_others."""
-        product, alpha = _product(self.tau), self.dim_ratio
-        others = sum(
-            f * tau * _product(np.delete(self.tau, k)) for k, (f, tau) in enumerate(zip(self.fractions, self.tau, strict=True))
-        )
-        constant = np.append(product, 0.0)  # ascending powers of h, degree K + 1
-        constant[1:-1] -= alpha * others
-        coefficients = constant + eigenvalues[:, None] * alpha * np.insert(product, 0, 0.0)
-        degree = len(product)
-        companion = np.zeros((len(eigenvalues), degree, degree))
-        companion[:, 1:, :-1] = np.eye(degree - 1)
-        companion[:, :, -1] = -coefficients[:, :-1] / coefficients[:, -1:]
-        return np.linalg.eigvals(companion).astype(complex)
+        """All h with z(h) = l, (n, K + 1): the eigenvalues of diag(0, -1 / tau) - (1 / alpha, -f) 1^T / l."""
+        poles, weights = np.append(0.0, -1 / self.tau), np.append(1 / self.dim_ratio, -self.fractions)
+        matrices = np.diag(poles) - weights[:, None] / eigenvalues[:, None, None]
+        return np.linalg.eigvals(matrices).astype(complex)
 
-    def resolvent(self, t: float) -> float:
-        """g(-t) = tr (F F^T + t)^-1 / d for t > 0, between 1 / (t + largest eigenvalue) and 1 / t."""
+    def kept_share(self, t: float) -> float:
+        """tr F F^T (F F^T + t)^-1 / d = 1 - t g(-t) for t > 0, as alpha sum_k f_k tau_k h / (1 + tau_k h): nothing cancels."""
         alpha, top = self.dim_ratio, self.edges[-1].value
-        low, high = 1 / (alpha * (t + top)), 1 / (alpha * t)
-        return alpha * _root(lambda h: self.z(h) + t, low * (1 - 1e-9), high * (1 + 1e-9))
+        low, high = 1 / (alpha * (t + top)), 1 / (alpha * t)  # g lies between 1 / (t + the largest eigenvalue) and 1 / t
+        h = _root(lambda h: self.z(h) + t, low * (1 - 1e-9), high * (1 + 1e-9))
+        return alpha * float((self.fractions * self.tau * h / (1 + self.tau * h)).sum())
 
     def density(self, eigenvalues: np.ndarray) -> np.ndarray:
         """Density of the non-zero eigenvalues, (n,) -> (n,); zero outside the bulks."""
@@ -136,11 +128,3 @@ class EigenvalueLaw:
 
 def _root(fn: Callable[[float], float], low: float, high: float) -> float:
     return brentq(fn, low, high, xtol=1e-300, rtol=4 * np.finfo(float).eps, maxiter=2000)
-
-
-def _product(tau: np.ndarray) -> np.ndarray:
-    """Coefficients of prod (1 + tau_k h) in ascending powers of h."""
-    coefficients = np.array([1.0])
-    for value in tau:
-        coefficients = np.convolve(coefficients, [1.0, value])
-    return coefficients

@@ -20,19 +20,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import brentq
 
-from .glm import Activation, activation_moments, gaussian_nodes, glm_information, positive
-
-SHORTEST = 1e-4  # time down to which a collapse is looked for
+from .glm import SHORTEST, Activation, activation_moments, check_positive, gaussian_nodes, glm_information
 
 
 def sigma_of_time(t: ArrayLike) -> np.ndarray:
     """Variance-exploding noise sigma = sqrt(e^2t - 1) of an OU time; ``t >= 0``, any shape."""
-    return np.sqrt(np.expm1(2 * np.asarray(t, float)))
+    return np.sqrt(np.expm1(2 * _non_negative(t=t)))
 
 
 def time_of_sigma(sigma: ArrayLike) -> np.ndarray:
-    """OU time 1/2 log(1 + sigma^2) of a variance-exploding noise; any shape."""
-    return 0.5 * np.log1p(np.asarray(sigma, float) ** 2)
+    """OU time 1/2 log(1 + sigma^2) of a variance-exploding noise; ``sigma >= 0``, any shape."""
+    return 0.5 * np.log1p(_non_negative(sigma=sigma) ** 2)
 
 
 # -- Collapse ---------------------------------------------------------------------------------------
@@ -45,13 +43,14 @@ def collapse_time_linear(log_n_per_dim: float, dim_ratio: float) -> float:
         log_n_per_dim: alpha = log(n) / d, positive.
         dim_ratio: beta = p / d, positive.
     """
-    positive(log_n_per_dim=log_n_per_dim, dim_ratio=dim_ratio)
-    return -0.5 * math.log(-math.expm1(-2 * log_n_per_dim / dim_ratio))
+    check_positive(log_n_per_dim=log_n_per_dim, dim_ratio=dim_ratio)
+    return -0.5 * math.log1p(-math.exp(-2 * log_n_per_dim / dim_ratio))
 
 
 def gaussian_information(eigenvalues: ArrayLike, t: float) -> float:
     """I(x_0; x_t) in nats for Gaussian data with these covariance eigenvalues; an upper bound for any data that has them."""
-    return 0.5 * float(np.log1p(_eigenvalues(eigenvalues) / np.expm1(2 * positive(t=t))).sum())
+    check_positive(t=t)
+    return 0.5 * float(np.log1p(_eigenvalues(eigenvalues) / np.expm1(2 * t)).sum())
 
 
 def collapse_time_gaussian(eigenvalues: ArrayLike, log_n: float) -> float:
@@ -62,7 +61,7 @@ def collapse_time_gaussian(eigenvalues: ArrayLike, log_n: float) -> float:
         log_n: Logarithm of the number of examples, positive.
     """
     values = _eigenvalues(eigenvalues)
-    positive(log_n=log_n)
+    check_positive(log_n=log_n)
     logarithms = np.log(values[values > 0])
 
     def excess(log_snr: float) -> float:
@@ -86,10 +85,10 @@ def collapse_time_glm(
     Raises:
         ValueError: an argument out of range, or more examples than the data have information for (a phi with few values).
     """
-    positive(log_n_per_dim=log_n_per_dim)
+    check_positive(log_n_per_dim=log_n_per_dim)
 
     def excess(log_t: float) -> float:
-        information = glm_information(math.exp(log_t), dim_ratio, activation, weight_variance, mean_overlap).value
+        information = glm_information(max(math.exp(log_t), SHORTEST), dim_ratio, activation, weight_variance, mean_overlap).value
         return information - log_n_per_dim
 
     low = high = math.log(max(collapse_time_linear(log_n_per_dim, dim_ratio), SHORTEST))
@@ -97,12 +96,12 @@ def collapse_time_glm(
         high += 0.5
     step = 0.5
     while (beyond := excess(low)) < 0:
-        if low < math.log(SHORTEST):
+        if low <= math.log(SHORTEST):
             raise ValueError(
                 f"log_n_per_dim={log_n_per_dim}. Expected less than {beyond + log_n_per_dim:.4g}, the information per dimension of "
                 f"this data at t = {SHORTEST:g}."
             )
-        low, step = max(low - step, math.log(SHORTEST) - 1e-9), 2 * step
+        low, step = max(low - step, math.log(SHORTEST)), 2 * step
     return math.exp(brentq(excess, low, high, xtol=1e-9))
 
 
@@ -115,11 +114,10 @@ def clone_agreement(snr: ArrayLike) -> np.ndarray:
     Args:
         snr: a, between-class signal to noise, not negative, any shape.
     """
-    values = np.asarray(snr, float)
-    if not (values >= 0).all():
-        raise ValueError(f"snr={snr}. Expected numbers >= 0.")
+    values = _non_negative(snr=snr)
     nodes = gaussian_nodes(0.005)
     weights = np.exp(-0.5 * nodes**2)
+    values = np.minimum(values, 1e6)  # beyond, the agreement is 1 to the last digit
     expected = np.tanh(values[..., None] + np.sqrt(values)[..., None] * nodes) @ (weights / weights.sum())
     return (1 + expected) / 2
 
@@ -143,7 +141,7 @@ def speciation_time(
     """OU time at which a(t) reaches 1 ("saddle"), 1/2 ("drift") or the snr of an agreement of clones ("clones").
 
     Args:
-        mean_norm_squared: |mu|^2, half the distance between the classes squared, positive.
+        mean_norm_squared: |mu|^2, the square of half the distance between the class means, positive.
         within_variance: v, of each class along mu, not negative.
         criterion: Which definition.
         agreement: Of the clones.
@@ -151,7 +149,7 @@ def speciation_time(
     Raises:
         ValueError: an argument out of range, or classes that overlap so much that the criterion is never met.
     """
-    positive(mean_norm_squared=mean_norm_squared)
+    check_positive(mean_norm_squared=mean_norm_squared)
     if not within_variance >= 0:
         raise ValueError(f"within_variance={within_variance}. Expected a number >= 0.")
     if criterion not in ("saddle", "drift", "clones"):
@@ -176,7 +174,7 @@ def top_eigenvalue_glm(dim: int, dim_ratio: float, mean_norm_squared_per_latent:
         mean_norm_squared_per_latent: |mu~|^2 = |mu|^2 / p.
         activation: phi, odd.
     """
-    positive(dim=dim, dim_ratio=dim_ratio, mean_norm_squared_per_latent=mean_norm_squared_per_latent)
+    check_positive(dim=dim, dim_ratio=dim_ratio, mean_norm_squared_per_latent=mean_norm_squared_per_latent)
     moments = activation_moments(activation, dim_ratio * (1 + mean_norm_squared_per_latent))
     if abs(moments.constant) > 1e-9:
         raise ValueError(f"activation={activation!r} has the mean {moments.constant:.3g}. Expected an odd function.")
@@ -199,13 +197,25 @@ def information_from_dimension(sigmas: ArrayLike, dimensions: ArrayLike) -> np.n
         Shape (n,), zero at the last.
     """
     sigmas, dimensions = np.asarray(sigmas, float), np.asarray(dimensions, float)
-    if sigmas.ndim != 1 or sigmas.shape != dimensions.shape or len(sigmas) < 2 or not (np.diff(sigmas) > 0).all() or sigmas[0] <= 0:
+    matching = sigmas.ndim == 1 and sigmas.shape == dimensions.shape and len(sigmas) >= 2
+    if not matching or not (np.diff(sigmas) > 0).all() or sigmas[0] <= 0 or not np.isfinite(sigmas).all():
         raise ValueError(
             f"sigmas and dimensions have the shapes {sigmas.shape} and {dimensions.shape}. Expected equal lengths of at least 2, "
             "and positive, ascending sigmas."
         )
+    if not (dimensions >= 0).all() or not np.isfinite(dimensions).all():
+        raise ValueError("dimensions has negative numbers or some that are not finite. Expected finite numbers >= 0.")
     areas = np.diff(np.log(sigmas)) * (dimensions[1:] + dimensions[:-1]) / 2
     return np.append(areas[::-1].cumsum()[::-1], 0.0)
+
+
+def _non_negative(**value: ArrayLike) -> np.ndarray:
+    """The one named argument as an array, none of it negative or NaN."""
+    ((name, given),) = value.items()
+    array = np.asarray(given, float)
+    if not (array >= 0).all():
+        raise ValueError(f"{name}={given}. Expected numbers >= 0.")
+    return array
 
 
 def _eigenvalues(eigenvalues: ArrayLike) -> np.ndarray:
