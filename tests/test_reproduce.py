@@ -1,6 +1,7 @@
 """The reproductions run in little time on a little of everything, and what is committed came from them."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -34,4 +35,6 @@ def test_committed_tables_name_their_script_and_hold_their_figures():
         shown = [line.split("](")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
         assert shown
         assert all((path.parent / name).stat().st_size > 10_000 for name in shown)
-        assert "nan" not in text.replace("Lanczos", "")
+        assert "nan" not in text
+        verdict = re.search(r'VERDICT = """(.*?)"""', (REPRODUCE / f"{path.stem}.py").read_text(), flags=re.DOTALL).group(1)
+        assert " ".join(verdict.split()) in " ".join(text.split())

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 from arguments import parse
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from diffusers_geometry import GeometryTrace, record
+from diffusers_geometry import GeometryTrace, dense_spectrum, record
 from diffusers_geometry.exact import LinearManifoldDenoiser
 from diffusers_geometry.selfcheck import exact_network
+from diffusers_geometry.step_geometry import StepGeometry
 from diffusers_geometry.theory import LinearManifold
 
 HERE = Path(__file__).parent
@@ -27,12 +29,16 @@ sys.path.append(str(HERE.parent / "zoo"))
 from load import load_basis, load_zoo  # noqa: E402
 from train_linear_manifold import KEPT_STEPS, VARIANCES  # noqa: E402
 
-VERDICT = """The trained spectra follow the closed form over the whole
-generation, with its phases, its order of gaps (the one of the larger variance first) and its division of labour. What does not
-agree: gaps of one F at d = 100 are wider than the law's for d → ∞, because extreme eigenvalues lie inside the edges by a few
-Tracy-Widom deviations, in the exact score as in the trained one; and the trained final gap stays short of one at the smallest
-noise, the more so the shorter the training. The variances' error falls only to the sampling error of 1,000 generations."""
-
+VERDICT = """The trained spectra follow the closed form over the
+whole generation, with its phases, its order of gaps (that of the larger variance first) and its division of labour: the score turns
+to the normal space as the noise falls, while the variances inside are right except at the largest noise. What does not agree: gaps
+of one F at d = 100 are wider than the law's for d → ∞, in the exact score as in the trained one, because its extreme eigenvalues
+lie inside the edges; and the trained final gap stays short of one at the smallest noise, the more so the shorter the training. Where
+two gaps are nearly equal (σ² near 0.3, and above 10) Algorithm 1, whose values sampling spreads, names another one than dense D' and
+Algorithm 2 do. After 100 steps of training the network keeps every direction at low noise, which the rule calls consolidation too;
+in between, some directions are neither kept nor dropped. What is left of the variances' error in the exact score is the bias of the
+sampler's steps and the sampling error of 1,000 generations."""
+MARKERS = {"dense D'": "o", "Algorithm 1": "^", "Algorithm 2": "x"}
 GAPS = {"linear-manifold": (40,), "linear-manifold-two-variances": (20, 40)}
 
 
@@ -76,20 +82,22 @@ def gaps_of(trace: GeometryTrace, position: int) -> np.ndarray:
     return values[:, position - 1] - values[:, position]
 
 
-def algorithms(name: str, effort: Effort) -> list[tuple[float, dict[str, int]]]:
-    """(sigma, dimension by each estimator) over the noise; Algorithm 1 around the final sample, Algorithm 2 and dense at x_t."""
+def algorithms(name: str, effort: Effort) -> list[tuple[float, dict[str, StepGeometry]]]:
+    """(sigma, the step by each estimator) over the noise; Algorithm 1 around the final sample, Algorithm 2 and dense at x_t."""
     pipe, levels = pipeline(name), {}
     asked = {"record_steps": effort.algorithm_levels}
-    methods = {"dense D'": "dense", "Algorithm 1": "perturbation", "Algorithm 2": "central_difference"}
-    for label, method in methods.items():
+    for label, method in zip(MARKERS, ("dense", "perturbation", "central_difference"), strict=True):
         for step in analyse(pipe, effort.steps, spectrum=method, **asked).steps:
-            levels.setdefault(step.sigma, {})[label] = int(step.gap_dim.value[0])
+            levels.setdefault(step.sigma, {})[label] = step
     return sorted(levels.items(), reverse=True)
 
 
 @torch.no_grad()
 def labour(name: str, effort: Effort, exact: bool) -> dict[str, np.ndarray]:
-    """Over the noise: share of |score|^2 in the normal space, error of the variances of D(x_t) inside, distance of x_t outside."""
+    """Over the noise: share of |score|^2 in the normal space, relative error of the variances of D(x_t) inside, distance of x_t.
+
+    Along a direction of variance l those of D(x_t) are l^2 / (l + sigma^2).
+    """
     manifold = LinearManifoldDenoiser(load_basis(name).double())
     inside = manifold.directions.double()
     pipe = pipeline(name, exact=exact)
@@ -104,66 +112,99 @@ def labour(name: str, effort: Effort, exact: bool) -> dict[str, np.ndarray]:
         rows.append((
             step.sigma,
             1 - (tangent.square().sum() / score.square().sum()).item(),
-            ((variance - manifold.variances) / manifold.variances).abs().mean().item(),
+            (variance * (manifold.variances + step.sigma**2) / manifold.variances**2 - 1).abs().mean().item(),
             (x - x @ inside @ inside.T).norm(dim=1).mean().item(),
         ))  # fmt: skip
     return dict(zip(("sigma", "normal_share", "variance_error", "distance"), np.array(rows).T, strict=True))
 
 
 def draw(name: str, traces: dict[str, GeometryTrace], found: dict[str, Any], effort: Effort) -> Figure:
-    """Six panels: the law, spectra, gaps, dimension by estimator, gaps over the training, division of labour."""
-    theory, figure = theory_of(name), Figure(figsize=(15, 8.4), layout="constrained")
-    law, spectra, gaps, dims, training, shares = figure.subplots(2, 3).ravel()
+    """Nine panels: law, density of D', spectra; gaps, algorithms, dimensions; training, division of labour, eigenvalues."""
+    figure = Figure(figsize=(15, 12.5), layout="constrained")
+    law, density, spectra, gaps, methods, dims, training, shares, eigen = figure.subplots(3, 3).ravel()
     times = traces["trained"].sigmas ** 2
-    draws = torch.cat([_eigenvalues(name, seed) for seed in range(effort.draws)]).numpy()
-    edges = np.logspace(np.log10(draws.min() / 1.3), np.log10(draws.max() * 1.3), 60)
-    weights, label = np.full(len(draws), 0.4 / len(draws)), f"{effort.draws} draws of F, d = 100"
-    law.hist(draws, edges, weights=weights, color="#9ecae1", label=label)
-    grid = np.sqrt(edges[1:] * edges[:-1])
-    law.plot(grid, theory.density(grid) * np.diff(edges), color="#08306b", label="law for d → ∞")
-    law.set(
-        xscale="log",
-        xlabel="eigenvalue of F Fᵀ",
-        ylabel="share of all eigenvalues a bin",
-        title="eigenvalues of F Fᵀ (and 60 % zeros)",
-    )
-    comparison = traces["trained"].compare(theory)
+    _draw_laws(law, density, name, effort)
+    comparison = traces["trained"].compare(theory_of(name))
     spectra.plot(times, comparison.predicted, color="#888888", linewidth=0.7)
+    spectra.plot(times, traces["exact"].compare(theory_of(name)).measured[:, 0], "x", color="#33a02c", markersize=2)
     spectra.plot(times, comparison.measured[:, 0], ".", color="#1f78b4", markersize=2)
-    spectra.set(ylabel="singular values of D'", title="trained network (dots) on the closed form")
+    for style, colour, label in (("-", "#888888", "closed form"), ("x", "#33a02c", "exact score"), (".", "#1f78b4", "trained")):
+        spectra.plot([], [], style, color=colour, label=label)
+    spectra.set(ylabel="singular values of D'", title="spectra over the generation")
     for position, colour in zip(GAPS[name], ("#ff7f00", "#e31a1c"), strict=False):
         j = comparison.gap_positions.index(position)
         gaps.plot(times, comparison.predicted_gaps[:, j], color=colour, label=f"after {position}: closed form")
         gaps.plot(times, gaps_of(traces["exact"], position), "--", color=colour, label="exact score of this F")
         gaps.plot(times, gaps_of(traces["trained"], position), ".", color=colour, label="trained")
     gaps.set(ylabel="gap in units of D'", title="gaps")
-    for label, marker in (("dense D'", "o"), ("Algorithm 1", "^"), ("Algorithm 2", "x")):
-        dims.plot([s**2 for s, _ in found["dims"]], [d[label] for _, d in found["dims"]], marker, label=label, alpha=0.8)
+    sigma, steps = min(found["algorithms"], key=lambda level: abs(np.log(level[0] ** 2 / 0.1)))
+    for (label, marker), colour in zip(MARKERS.items(), ("#1f78b4", "#ff7f00", "#33a02c"), strict=True):
+        methods.plot(np.arange(1, 101), steps[label].denoised_singular_values[0], marker, color=colour, markersize=4, label=label)
+        dimensions = [by_label[label].gap_dim.value[0] for _, by_label in found["algorithms"]]
+        dims.plot([s**2 for s, _ in found["algorithms"]], dimensions, marker, color=colour, label=label, alpha=0.8)
+    methods.set(xlabel="index", ylabel="singular values of D'", title=f"Algorithms 1 and 2 beside dense, σ² = {sigma**2:.2g}")
     dims.axhline(40, color="#888888", linewidth=0.8)
     dims.set(ylabel="position of the largest gap", title="dimension by the largest gap")
     for i, (step, trace) in enumerate(found["training"].items()):
         for position, style in zip(GAPS[name][::-1], ("-", ":"), strict=False):
             label = f"{step:,} steps" if position == 40 else None
             training.plot(trace.sigmas**2, gaps_of(trace, position), style, color=f"C{i}", label=label)
-    training.set(
-        ylabel="gap in units of D'", title="gap after 40 over the training" + (" (dotted: after 20)" if 20 in GAPS[name] else "")
-    )
-    for label, colour in (("trained", "#1f78b4"), ("exact", "#33a02c")):
+    dotted = " (dotted: after 20)" if 20 in GAPS[name] else ""
+    training.set(ylabel="gap in units of D'", title="gap after 40 over the training" + dotted)
+    for label, colour, width in (("exact", "#33a02c", 3.5), ("trained", "#1f78b4", 1.2)):
         run = found["labour"][label]
-        shares.plot(run["sigma"] ** 2, run["normal_share"], color=colour, label=f"|score|² in the normal space, {label}")
-        shares.plot(run["sigma"] ** 2, run["variance_error"], "--", color=colour, label=f"error of variances inside, {label}")
+        shares.plot(
+            run["sigma"] ** 2, run["normal_share"], color=colour, linewidth=width, label=f"|score|² in the normal space, {label}"
+        )
+        shares.plot(
+            run["sigma"] ** 2, run["variance_error"], "--", color=colour, linewidth=width, label=f"error of variances, {label}"
+        )
     run = found["labour"]["trained"]
     shares.plot(
         run["sigma"] ** 2, run["distance"] / run["distance"].max(), color="#888888", label="distance to the manifold, relative"
     )
     shares.set(ylabel="share", title="who works when", ylim=(-0.03, 1.75))
+    for sigma, values, singular in found["eigenvalues"]:
+        eigen.plot(values, singular, ".", markersize=4, label=f"σ² = {sigma**2:.2g}")
+    eigen.plot([0, 1], [0, 1], color="#888888", linewidth=0.7)
+    eigen.set(
+        xlabel="eigenvalues of the symmetric part of D'", ylabel="singular values of D'", title="eigenvalues beside singular values"
+    )
     for axes in (spectra, gaps, dims, training, shares):
         axes.set(xscale="log", xlabel="noise σ² (generation runs to the right)")
         axes.set_xlim(times.max() * 1.3, times.min() / 1.3)
-    for axes in (law, gaps, dims, training, shares):
+    for axes in figure.axes:
         axes.legend(fontsize=7.5, loc="upper center" if axes is shares else "best")
     figure.suptitle(f"{name}: x_0 = F z, d = 100, m = 40", fontsize=13)
     return figure
+
+
+def _draw_laws(law: Axes, density: Axes, name: str, effort: Effort) -> None:
+    """Eigenvalues of many draws of F F^T and of their D' at three noise levels, on the densities of the theory."""
+    theory, draws = theory_of(name), torch.cat([_eigenvalues(name, seed) for seed in range(effort.draws)]).numpy()
+    weights = np.full(len(draws), 0.4 / len(draws))
+    edges = np.logspace(np.log10(draws.min() / 1.3), np.log10(draws.max() * 1.3), 60)
+    law.hist(draws, edges, weights=weights, color="#9ecae1", label=f"{effort.draws} draws of F, d = 100")
+    grid = np.sqrt(edges[1:] * edges[:-1])
+    law.plot(grid, theory.density(grid) * np.diff(edges), color="#08306b", label="law for d → ∞")
+    law.set(xscale="log", xlabel="eigenvalue of F Fᵀ", ylabel="share of all a bin", title="eigenvalues of F Fᵀ (and 60 % zeros)")
+    bins = np.linspace(0, 1, 61)
+    for t, colour in ((5.0, "#9ecae1"), (0.6, "#fdae6b"), (0.05, "#a1d99b")):
+        density.hist(draws / (draws + t), bins, weights=weights, color=colour, alpha=0.8, label=f"σ² = {t:g}")
+        middles = (bins[1:] + bins[:-1]) / 2
+        density.plot(middles, theory.denoised_density(middles, t) * np.diff(bins), color="#333333", linewidth=0.8)
+    density.set(xlabel="eigenvalue of D'", ylabel="share of all a bin", title="density of D' (lines: law; and 60 % zeros)")
+
+
+def eigenvalues_of(name: str, effort: Effort) -> list[tuple[float, np.ndarray, np.ndarray]]:
+    """(sigma, eigenvalues of the symmetric part, singular values) of the trained D' at three noise levels."""
+    pipe, found = pipeline(name), []
+    with record(pipe, [effort.steps // 4, effort.steps // 2, 3 * effort.steps // 4]) as recording:
+        pipe(1, seeded(), num_inference_steps=effort.steps)
+    for step in recording:
+        spectrum = dense_spectrum(step.denoiser.jacobian(step.sample[0]))
+        found.append((step.sigma, spectrum.eigenvalues.numpy(), spectrum.singular_values.numpy()))
+    return found
 
 
 def _eigenvalues(name: str, seed: int) -> Tensor:
@@ -200,14 +241,29 @@ def report(name: str, traces: dict[str, GeometryTrace], found: dict[str, Any]) -
         row(label, f"{theory.phase_times()[which == 'trivial_boundary']:.3g}", cells)
     last = {label: f"{run['normal_share'][-1]:.4f}" for label, run in found["labour"].items()}
     row("share of the squared score in the normal space at the smallest σ", "1", last)
+    (low, low_sd), (high, high_sd) = theory.edge_fluctuations(100)[0][0], theory.edge_fluctuations(100)[-1][1]
+    extremes = LinearManifoldDenoiser(load_basis(name).double()).variances.sort().values[[0, -1]].tolist()
+    lines += ["", f"Extreme eigenvalues of this F Fᵀ: {extremes[0]:.3f} and {extremes[1]:.3f}; Tracy and Widom's law expects "
+              f"{low:.3f} ± {low_sd:.3f} and {high:.3f} ± {high_sd:.3f}, the edges are {theory.bulk_edges()[0][0]:.3f} and "
+              f"{theory.bulk_edges()[-1][1]:.3f}.", ""]  # fmt: skip
     middle = traces["trained"].steps[len(times) // 2]
-    lines += ["", f"Asymmetry of the trained D' at σ = {middle.sigma:.2f}: {middle.asymmetry[0]:.4f}.", ""]
-    low = [dims for sigma, dims in found["dims"] if sigma**2 < 0.05]
-    read = ", ".join(f"{label} at {sum(dims[label] == 40 for dims in low)} of {len(low)}" for label in low[0])
-    lines += [f"Noise levels below σ² = 0.05 whose largest gap is after 40: {read}.", ""]
+    apart = max(np.abs(values - singular).max() for _, values, singular in found["eigenvalues"])
+    lines += [f"Asymmetry of the trained D' at σ = {middle.sigma:.2f}: {middle.asymmetry[0]:.4f}; its eigenvalues and singular "
+              f"values differ by at most {apart:.4f}.", ""]  # fmt: skip
+    lines += ["| σ² | " + " | ".join(MARKERS) + " |", "| --- " * (1 + len(MARKERS)) + "|"]
+    for sigma, by_label in found["algorithms"]:
+        lines.append(f"| {sigma**2:.3g} | " + " | ".join(f"{by_label[label].gap_dim.value[0]:.0f}" for label in MARKERS) + " |")
+    lines += ["", "*Position of the largest gap, by each estimator.*", ""]
     over = [f"{gaps_of(trace, 40).max():.2f} after {step:,}" for step, trace in found["training"].items()]
     lines += [f"Largest gap after 40 over the training (steps): {', '.join(over)}.", ""]
+    begun = [f"{_consolidation(trace)} after {step:,}" for step, trace in found["training"].items()]
+    lines += [f"Consolidation starts below σ² over the training: {', '.join(begun)}.", ""]
     return "\n".join(lines)
+
+
+def _consolidation(trace: GeometryTrace) -> str:
+    pair = trace.phases.consolidation_boundary[0]
+    return "not met" if pair is None else f"{pair[0] ** 2:.3g}"
 
 
 def _first_above(times: np.ndarray, values: np.ndarray) -> str:
@@ -223,7 +279,8 @@ def main() -> None:
         traces = {"trained": analyse(pipeline(name), effort.steps), "exact": analyse(pipeline(name, exact=True), effort.steps)}
         kept = {step: analyse(pipeline(name, step), effort.steps) for step in effort.kept}
         found = {
-            "dims": algorithms(name, effort), "training": kept | {30_000: traces["trained"]},
+            "algorithms": algorithms(name, effort), "eigenvalues": eigenvalues_of(name, effort),
+            "training": kept | {30_000: traces["trained"]},
             "labour": {label: labour(name, effort, label == "exact") for label in ("trained", "exact")},
         }  # fmt: skip
         draw(name, traces, found, effort).savefig(output / f"{name}.png", dpi=90)
