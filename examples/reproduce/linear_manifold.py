@@ -29,15 +29,16 @@ sys.path.append(str(HERE.parent / "zoo"))
 from load import load_basis, load_zoo  # noqa: E402
 from train_linear_manifold import KEPT_STEPS, VARIANCES  # noqa: E402
 
-VERDICT = """The trained spectra follow the closed form over the
-whole generation, with its phases, its order of gaps (that of the larger variance first) and its division of labour: the score turns
-to the normal space as the noise falls, while the variances inside are right except at the largest noise. What does not agree: gaps
-of one F at d = 100 are wider than the law's for d → ∞, in the exact score as in the trained one, because its extreme eigenvalues
-lie inside the edges; and the trained final gap stays short of one at the smallest noise, the more so the shorter the training. Where
-two gaps are nearly equal (σ² near 0.3, and above 10) Algorithm 1, whose values sampling spreads, names another one than dense D' and
-Algorithm 2 do. After 100 steps of training the network keeps every direction at low noise, which the rule calls consolidation too;
-in between, some directions are neither kept nor dropped. What is left of the variances' error in the exact score is the bias of the
-sampler's steps and the sampling error of 1,000 generations."""
+VERDICT = """\
+The trained spectra follow the closed form over the whole generation, with its phases, its order of gaps (that of the larger
+variance first) and its division of labour: the score turns to the normal space as the noise falls, while the variances inside
+are right except at the largest noise. What does not agree: gaps of one F at d = 100 are wider than the law's for d → ∞, in the
+exact score as in the trained one, because its extreme eigenvalues lie inside the edges; and the trained final gap stays short
+of one at the smallest noise, the more so the shorter the training. Where two gaps are nearly equal (σ² near 0.3, and above 10)
+Algorithm 1, whose values sampling spreads, names another one than dense D' and Algorithm 2 do. After 100 steps of training the
+network keeps every direction at low noise, which the rule calls consolidation too; in between, some directions are neither kept
+nor dropped. What is left of the variances' error in the exact score is the bias of the sampler's steps and the sampling error
+of 1,000 generations."""
 MARKERS = {"dense D'": "o", "Algorithm 1": "^", "Algorithm 2": "x"}
 GAPS = {"linear-manifold": (40,), "linear-manifold-two-variances": (20, 40)}
 
