@@ -31,7 +31,7 @@ def make_unet(data: str) -> UNet2DModel:
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, steps=2400)
+    parser = argument_parser(__doc__, steps=2000)
     parser.add_argument("--data", choices=("mnist", "emoji"), required=True)
     args = finish(parser)
     name = f"ddpm-{args.data}"
