@@ -85,7 +85,8 @@ def test_the_card_is_written_from_the_measurements(name, tmp_path):
         if line.startswith("!["):
             assert (ZOO / name / line.split("](")[1].rstrip(")")).stat().st_size > 1000
     weights = load_file(next((ZOO / name).glob("[utn]*/diffusion_pytorch_model.safetensors")))
-    assert sum(w.size for w in weights.values()) == training["parameters"]
+    buffers = ("pos_embed.pos_embed",)  # of sd3-mnist: a table, no parameter
+    assert sum(w.size for key, w in weights.items() if key not in buffers) == training["parameters"]
     assert training["minutes"] <= 60
 
 

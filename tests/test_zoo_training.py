@@ -268,8 +268,8 @@ def test_loss_curve_means_its_intervals():
 def test_contact_sheet(tmp_path):
     contact_sheet(torch.stack([torch.full((1, 2, 2), v) for v in (-1.0, 0.0, 1.0)]), tmp_path / "sheet.png", columns=2)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert sheet.shape == (14, 14)
-    assert [sheet[3, 3], sheet[3, 9], sheet[9, 3], sheet[0, 0]] == [0, 128, 255, 90]
+    assert sheet.shape == (7 * 32, 7 * 32)
+    assert [sheet[48, 48], sheet[48, 144], sheet[144, 48], sheet[0, 0]] == [0, 128, 255, 90]
 
 
 def test_a_smoke_run_touches_nothing(monkeypatch):

@@ -157,7 +157,8 @@ def _pixels(name: str, quality: dict[str, Any]) -> list[str]:
         rows = [["images that repeat a training image", *(f"{share:.1%}" for share in shares)]]
         space = "the first 64 principal components of the training pixels (the digits' classifier knows no emoji)"
         note = f"\nAn image repeats a training image when it is within {quality['radius']:.2f} of it, half the median distance\n"
-        note += "between neighbours; held-out emoji that do are near copies in the set itself."
+        note += "between neighbours; held-out emoji that do are near copies in the set itself. At so few images the\n"
+        note += "distance is mostly sampling noise."
     rows += _distances([quality["generated"], quality["real"]])
     to_training = (quality["median_distance_to_training"], quality["median_distance_of_held_out"])
     rows.append(["median distance to the nearest training image", *(f"{d:.2f}" for d in to_training)])

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-ENLARGED = 2  # pixels of a contact sheet per pixel of an image
+SHOWN = 64  # pixels of a contact sheet along an image, at least
 
 
 def contact_sheet(images: Tensor, path: Path, columns: int) -> None:
@@ -22,7 +22,8 @@ def contact_sheet(images: Tensor, path: Path, columns: int) -> None:
         y, x = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
         sheet[y : y + height, x : x + width] = picture.transpose(1, 2, 0)
     drawn = Image.fromarray(sheet.squeeze(-1) if channels == 1 else sheet)
-    drawn.resize((drawn.width * ENLARGED, drawn.height * ENLARGED), Image.Resampling.NEAREST).save(path, optimize=True)
+    scale = -(-SHOWN // height)
+    drawn.resize((drawn.width * scale, drawn.height * scale), Image.Resampling.NEAREST).save(path, optimize=True)
 
 
 def loss_figure(curve: list[tuple[int, float]], path: Path, name: str) -> None:
