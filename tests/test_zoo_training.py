@@ -265,6 +265,16 @@ def test_loss_curve_means_its_intervals():
     assert (weights * [mean for _, mean in curve]).sum() == pytest.approx(sum(history.losses))
 
 
+def test_a_second_stage_adds_to_the_first():
+    first = History({"steps": 3, "learning_rate": 0.1}, 60.0, [3.0, 2.0, 1.0])
+    second = History({"steps": 2, "learning_rate": 0.05}, 30.0, [0.5, 0.4])
+    both = History() + first + second
+    assert both.settings == {"steps": 5, "learning_rate": 0.1, "restarts": [[2, 0.05]]}
+    assert both.seconds == 90
+    assert both.losses == [3.0, 2.0, 1.0, 0.5, 0.4]
+    assert first.losses == [3.0, 2.0, 1.0]
+
+
 def test_contact_sheet(tmp_path):
     contact_sheet(torch.stack([torch.full((1, 2, 2), v) for v in (-1.0, 0.0, 1.0)]), tmp_path / "sheet.png", columns=2)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))

@@ -65,6 +65,7 @@ def write_card(name: str, training: dict[str, Any], quality: dict[str, Any], fol
     pipeline, script, what, data = ABOUT[name]
     library = "diffusers_geometry" if pipeline.startswith("Geometry") else "diffusers"
     parts = {"DDPMPipeline": _pixels, "GeometryVectorPipeline": _manifold}.get(pipeline, _guided)(name, quality)
+    restarts = "".join(f", {steps:,} of them from {rate:g} again" for steps, rate in training.get("restarts", []))
     text = f"""---
 library_name: {library}
 pipeline_tag: {TASKS.get(pipeline, "unconditional-image-generation")}
@@ -78,7 +79,7 @@ tags: [{name}, diffusers_geometry]
 * **Class** `{library}.{pipeline}`; the network has {training["parameters"]:,} parameters, stored in half precision.
 * **Data** {data}.
 * **Training** `examples/zoo/{script}`: {training["steps"]:,} steps of batch {training["batch"]}, AdamW, cosine decay from
-  {training["learning_rate"]:g}, {PRECISION[training["mixed_precision"]]}, exponential moving average 0.999, seed 0;
+  {training["learning_rate"]:g}{restarts}, {PRECISION[training["mixed_precision"]]}, exponential moving average 0.999, seed 0;
   {training["minutes"]:.0f} minutes of wall-clock time ({training["device"]}, {training["threads"]} torch threads).
 
 ![loss](loss.png)
@@ -166,8 +167,8 @@ def _pixels(name: str, quality: dict[str, Any]) -> list[str]:
 
 {quality["samples"]} samples of {quality["steps"]} steps of the pipeline's own DDPM scheduler. {FEATURES}
 {space},
-of {quality["generated"]["images"]} images against one half of the held-out ones; the last column is the same for the other
-half.{note}
+of {quality["generated"]["images"]} images against as many of one half of the held-out ones; the last column is the same for the
+other half.{note}
 """
     return [text, _table(["figure", "samples", "real"], rows)]
 

@@ -33,7 +33,7 @@ GUIDED = {
     "dit-mnist": (50, (2.0, 4.0)),
     "sd3-mnist": (28, (3.0, 7.0)),
 }
-PIXEL_STEPS = 100
+PIXEL = {"ddpm-mnist": (250, 250), "ddpm-emoji": (206, 100)}  # samples, and steps of the DDPM scheduler
 SEEDS = 10  # per phrase
 SMOKE = {"per_digit": 5, "samples": 70, "steps": 2, "seeds": 1, "phrases": 2}
 
@@ -157,7 +157,7 @@ def digit_model(name: str, folder: Path, smoke: bool) -> dict:
 
 
 def ddpm_digits(pipe: Any, folder: Path, smoke: bool) -> dict:
-    count, steps = (SMOKE["samples"], SMOKE["steps"]) if smoke else (500, PIXEL_STEPS)
+    count, steps = (SMOKE["samples"], SMOKE["steps"]) if smoke else PIXEL["ddpm-mnist"]
     images = unguided(pipe, count, steps)
     confidence = load_classifier().probabilities(images)
     shares = torch.bincount(confidence.argmax(1), minlength=10) / count
@@ -176,14 +176,15 @@ def emoji_model(folder: Path, smoke: bool) -> dict:
     pipe = load_zoo("ddpm-emoji")
     pipe.set_progress_bar_config(disable=True)
     train, _, held_out, _ = emoji_split()
-    images = unguided(pipe, SMOKE["samples"] if smoke else len(held_out), SMOKE["steps"] if smoke else PIXEL_STEPS)
+    count, steps = (SMOKE["samples"], SMOKE["steps"]) if smoke else PIXEL["ddpm-emoji"]
+    images = unguided(pipe, count, steps)
     mean = train.flatten(1).mean(0)
     basis = torch.linalg.svd(train.flatten(1) - mean, full_matrices=False)[2][:64].T
     generated, real = (((x.flatten(1) - mean) @ basis).numpy() for x in (images, held_out))
     radius, distance, unseen = planted_radius(train), nearest(images, train), nearest(held_out, train)
     contact_sheet(images[:60], folder / "samples.png", columns=12)
     return {
-        "samples": len(images), "steps": SMOKE["steps"] if smoke else PIXEL_STEPS, **compare(generated, *np.array_split(real, 2)),
+        "samples": count, "steps": steps, **compare(generated, *np.array_split(real, 2)),
         "median_distance_to_training": distance.median().item(), "median_distance_of_held_out": unseen.median().item(),
         "radius": radius, "within_radius_share": (distance <= radius).float().mean().item(),
         "held_out_within_radius_share": (unseen <= radius).float().mean().item(),

@@ -6,14 +6,17 @@ python examples/zoo/train_ddpm.py --data emoji               # fetches the image
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from data import digits_split, emoji_split, random_rows
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from shared import save_pipeline
 from torch import Tensor, nn
-from training import argument_parser, finish, fit, write_training
+from training import History, argument_parser, finish, fit, write_training
 
 BATCH = 64
+STAGES = {"mnist": ((2000, 1e-3), (1500, 6e-4)), "emoji": ((2000, 1e-3),)}  # steps, and the rate from which a cosine falls
 
 
 def make_unet(data: str) -> UNet2DModel:
@@ -31,7 +34,7 @@ def make_unet(data: str) -> UNet2DModel:
 
 
 def main() -> None:
-    parser = argument_parser(__doc__, steps=2000)
+    parser = argument_parser(__doc__)
     parser.add_argument("--data", choices=("mnist", "emoji"), required=True)
     args = finish(parser)
     name = f"ddpm-{args.data}"
@@ -45,7 +48,11 @@ def main() -> None:
         x_t = scheduler.add_noise(x_0, noise, t)
         return (model(x_t.to(unet.device), t.to(unet.device)).sample - noise.to(unet.device)).square().mean()
 
-    history = fit(unet, loss_of, name, args, trained_on=[images], mixed_precision="bf16")
+    history = History()
+    for number, (steps, rate) in enumerate(STAGES[args.data], start=1):
+        stage = argparse.Namespace(**vars(args) | {"steps": steps if args.steps is None else args.steps})
+        options = {"trained_on": [images], "learning_rate": rate, "mixed_precision": "bf16"}
+        history += fit(unet, loss_of, name if number == 1 else f"{name}-{number}", stage, **options)
     folder = args.output / name
     write_training(folder, unet, history, batch=BATCH)
     save_pipeline(DDPMPipeline(unet, scheduler), folder)

@@ -77,6 +77,14 @@ class History:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seconds, self.losses = state["seconds"], list(state["losses"])
 
+    def __add__(self, later: History) -> History:
+        """This training and one that went on from its weights; ``restarts`` keeps (steps, rate) of what came after the first."""
+        if not self.losses:
+            return later
+        restart = [later.settings["steps"], later.settings["learning_rate"]]
+        total = {"steps": self.settings["steps"] + restart[0], "restarts": [*self.settings.get("restarts", []), restart]}
+        return History(self.settings | total, self.seconds + later.seconds, self.losses + later.losses)
+
     def curve(self) -> list[tuple[int, float]]:
         """(last step of the interval, mean loss over it) for at most 100 intervals."""
         edges = torch.linspace(0, len(self.losses), min(CURVE_POINTS, len(self.losses)) + 1).round().long().tolist()
