@@ -56,6 +56,7 @@ TASKS = {
     "StableDiffusionPipeline": "text-to-image", "StableDiffusion3Pipeline": "text-to-image", "GeometryVectorPipeline": "other",
 }  # fmt: skip
 PRECISION = {"no": "float32", "bf16": "bfloat16 where autocast allows it"}
+CONFIDENT_AIM = 0.8
 FEATURES = "Distances, precision and recall (3 nearest neighbours) and the Vendi score (cosine) are in"
 JUDGE = "a convolutional classifier with {:.1%} accuracy on the held-out digits"
 
@@ -152,7 +153,8 @@ def _pixels(name: str, quality: dict[str, Any]) -> list[str]:
             ["share of the rarest class", f"{min(quality['class_shares']):.1%}", ""],
         ]
         space = f"64 features of {JUDGE.format(quality['classifier_accuracy'])}"
-        note = ""
+        short = quality["confident_share"] < CONFIDENT_AIM
+        note = f"\nFewer than {CONFIDENT_AIM:.0%} of the samples get a confident class: the model is undertrained." if short else ""
     else:
         shares = (quality["within_radius_share"], quality["held_out_within_radius_share"])
         rows = [["images that repeat a training image", *(f"{share:.1%}" for share in shares)]]
