@@ -108,9 +108,10 @@ def compare(trace: GeometryTrace, theory: LinearManifold) -> Comparison:
     predicted = (eigenvalues / (eigenvalues + times[:, None]))[:, :count]
     positions, predicted_gaps = _gaps(theory, dim, times)
     values = np.concatenate([measured, np.full((*measured.shape[:2], 1), 0.0 if count == dim else np.nan)], axis=2)
-    reached = [min(position, count) for position in positions]
-    drops = np.stack([values[..., i - 1] - values[..., i] for i in reached], axis=-1) if positions else measured[..., :0]
-    drops = np.where(np.array([position <= count for position in positions]), drops, np.nan) if positions else drops
+    drops = np.full((*measured.shape[:2], len(positions)), np.nan)
+    for j, position in enumerate(positions):
+        if position <= count:
+            drops[..., j] = values[..., position - 1] - values[..., position]
     consolidation, trivial = theory.phase_times(trace.settings.get("phase_resolution", 0.1))
     phases = np.where(times >= trivial, "trivial", np.where(times <= consolidation, "consolidation", "coverage"))
     return Comparison(

@@ -191,9 +191,10 @@ def trained_part(effort: Effort, axes: object, lines: list[str]) -> None:
     marks = {
         "information from held-out errors = log n": (ends[1], (ends[2] - ends[0]) / 2),
         "covariance bound = log n": (float(sigma_of_time(collapse_time_gaussian(eigenvalues, log_n))), 0.0),
-        "exact score of the training set, E w = 1/2": (exact.sigma().value, exact.sigma().sem),
-        "exact score of the training set, log odds": (exact.sigma("log_odds").value, exact.sigma("log_odds").sem),
     }
+    for criterion, label in (("weight", "E w = 1/2"), ("log_odds", "log odds")):
+        found = exact.sigma(criterion)
+        marks[f"exact score of the training set, {label}"] = (found.value, found.sem)
     axes.plot(sigmas, bound, color="#888888", label="Gaussian of the data's covariance (bound)")
     axes.fill_between(sigmas, values - 2 * sems, values + 2 * sems, color="#1f78b4", alpha=0.3)
     axes.plot(sigmas, values, color="#1f78b4", label="trained digits, from errors on unseen images (± 2 s.e.)")

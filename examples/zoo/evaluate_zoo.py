@@ -101,13 +101,14 @@ def guided_quality(
     asked, other = held_out[held_out_by_digit(per_digit)], held_out[held_out_by_digit(per_digit, per_digit)]
     told = half_told(asked.words, seeded(0))
     prompts = [caption(tuple(words), digit) for words, digit in zip(told.tolist(), asked.labels.tolist(), strict=True)]
+    real = [features(digits.images) for digits in (asked, other)]
     figures, shown = {}, None
     for scale in GUIDED[name][1][:scales]:
         images = guided(pipe, asked.labels.tolist() if name == "dit-mnist" else prompts, scale, steps)
         shown = images if shown is None else shown
         seen = load_classifier().probabilities(images).argmax(1)
         figures[str(scale)] = {"steps": steps, "asked_digit_share": (seen == asked.labels).float().mean().item()}
-        figures[str(scale)] |= compare(features(images), features(asked.images), features(other.images))
+        figures[str(scale)] |= compare(features(images), *real)
         if name != "dit-mnist":
             figures[str(scale)]["told_words_hold_share"] = words_that_hold(images, asked.labels, told)
     return {"per_digit": per_digit, "guidance": figures}, shown
@@ -125,14 +126,15 @@ def memorisation(
         images = guided(pipe, [p["caption"] for p in planted + controls for _ in range(seeds)], scale, steps)
         recited, free = images.unflatten(0, (-1, seeds)).split([len(planted), len(controls)])
         own = train[[p["image"] for p in planted]]
-        hit = (recited - own[:, None]).flatten(2).norm(dim=2) <= radius  # (phrases, seeds)
+        distance = (recited - own[:, None]).flatten(2).norm(dim=2)  # (phrases, seeds)
+        hit = distance <= radius
         control_distance = nearest(free.flatten(0, 1), train)
         shown = torch.cat([own[:12], recited[:12, 0]]) if shown is None else shown
         figures[str(scale)] = {
             "planted_captions_recited_share": (hit.float().mean(1) >= 0.8).float().mean().item(),
             "planted_seed_share": hit.float().mean().item(),
             "control_seed_share": (control_distance <= radius).float().mean().item(),
-            "median_planted_distance": (recited - own[:, None]).flatten(2).norm(dim=2).median().item(),
+            "median_planted_distance": distance.median().item(),
             "median_control_distance": control_distance.median().item(),
         }
     unseen, ones = nearest(held_out, train) <= radius, digits_split()[1].labels == 1
