@@ -1,9 +1,14 @@
 """All tiny pipelines of the conformance suite: ``CASES``, and the class of each."""
 
+import flow
+import flow_latents
 import pixel
 import stable_diffusion
+import stable_diffusion_xl
+import transformers_2d
 
-CASES = pixel.CASES + stable_diffusion.CASES
+MODULES = (pixel, stable_diffusion, stable_diffusion_xl, transformers_2d, flow, flow_latents)
+CASES = tuple(case for module in MODULES for case in module.CASES)
 
 
 def class_name(case):

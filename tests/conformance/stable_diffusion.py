@@ -87,11 +87,11 @@ def latent_upscaler():
     """The k-diffusion upscaler: preconditioned by hand inside the loop, with Euler's sigmas."""
     unet = random_weights(
         diffusers.UNet2DConditionModel(
-            act_fn="gelu", attention_head_dim=4, norm_num_groups=None, block_out_channels=[32, 32], time_cond_proj_dim=136,
-            conv_in_kernel=1, conv_out_kernel=1, cross_attention_dim=8, down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D"), in_channels=8,
+            act_fn="gelu", attention_head_dim=4, norm_num_groups=None, block_out_channels=[32, 64, 64], time_cond_proj_dim=136,
+            conv_in_kernel=1, conv_out_kernel=1, cross_attention_dim=8,
+            down_block_types=("KDownBlock2D", *["KCrossAttnDownBlock2D"] * 2), in_channels=8,
             mid_block_type=None, only_cross_attention=False, out_channels=5, resnet_time_scale_shift="scale_shift",
-            time_embedding_type="fourier", timestep_post_act="gelu", up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D"),
-            layers_per_block=1,
+            time_embedding_type="fourier", timestep_post_act="gelu", up_block_types=(*["KCrossAttnUpBlock2D"] * 2, "KUpBlock2D"),
         )
     )  # fmt: skip
     scheduler = diffusers.EulerDiscreteScheduler(prediction_type="sample")
