@@ -26,10 +26,12 @@ _HOME = {
     "GeometryVectorPipeline": "vector",
     "Jacobian": "jacobian",
     "Spectrum": "spectrum",
+    "TransitionReport": "transition_report",
     "VectorNetwork": "vector",
     "dense_spectrum": "spectrum",
     "estimate_trace": "stochastic",
     "golub_kahan_spectrum": "golub_kahan",
+    "measure_transitions": "transitions",
     "record": "capture",
     "with_geometry": "mixin",
 }
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     from .spectrum import dense_spectrum as dense_spectrum
     from .stochastic import estimate_trace as estimate_trace
     from .trajectory import GeometryTrace as GeometryTrace
+    from .transition_report import TransitionReport as TransitionReport
+    from .transitions import measure_transitions as measure_transitions
     from .vector import GeometryVectorPipeline as GeometryVectorPipeline
     from .vector import VectorNetwork as VectorNetwork
 

@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 
 from .analyze import analyze_geometry, plan_geometry
+from .transitions import measure_transitions
 
 GEOMETRY_PIPELINES = {
     f"Geometry{name}": name
@@ -29,6 +30,7 @@ class GeometryMixin:
 
     analyze_geometry = analyze_geometry
     plan_geometry = plan_geometry
+    measure_transitions = measure_transitions
 
     def to_json_string(self) -> str:
         """The configuration as JSON, under the name of the plain pipeline class."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from .comparison import Comparison
     from .trajectory import GeometryTrace
+    from .transition_report import TransitionReport
 
 PHASE_COLOURS = {"trivial": "#d9d9d9", "coverage": "#9ecae1", "consolidation": "#fdae6b", "unresolved": "#ffffff"}
 _MAP_NAMES = {"denoised": "D'", "score": "score Jacobian", "epsilon": "epsilon Jacobian"}
@@ -107,6 +108,63 @@ def plot_comparison(comparison: Comparison, path: str | os.PathLike | None = Non
     if path is not None:
         write_together(Path(path).parent, {Path(path).name: figure_bytes(figure, path)})
     return figure
+
+
+def plot_transitions(report: TransitionReport, path: str | os.PathLike | None = None) -> Figure:
+    """Agreement of clones over sigma with what theory says of it, and where data were given the recall, noise falling to the right.
+
+    Args:
+        report: From :func:`~diffusers_geometry.transitions.measure_transitions`; branches at infinite noise are left out.
+        path: Where to write the figure; not written if None.
+    """
+    from matplotlib.figure import Figure
+
+    sigmas = np.array(report.sigmas)
+    shown = np.isfinite(sigmas)
+    figure = Figure(figsize=(9, 8 if report.recall else 4.8), layout="constrained")
+    panels = figure.subplots(2 if report.recall else 1, 1, sharex=True, squeeze=False)[:, 0]
+    _draw_estimates(
+        panels[0], sigmas, report.agreement, shown, "#1f78b4", f"measured, {report.gesture.replace('_', '-')}s (± 2 s.e.)"
+    )
+    if report.predicted_agreement is not None:
+        grid = np.geomspace(sigmas[shown].min(), sigmas[shown].max(), 200)
+        panels[0].plot(grid, report.closed_form(grid), color="#333333", linewidth=1, label="closed form of the two classes")
+    panels[0].axhline(report.level, color="#999999", linewidth=0.8, linestyle="--")
+    if report.speciation is not None:
+        _draw_mark(panels[0], report.speciation, "#1f78b4", "speciation")
+    _draw_mark(panels[0], report.top_eigenvalue_sigma, "#ff7f00", "√Λ")
+    panels[0].set_ylabel("agreement of classes")
+    if report.recall:
+        _draw_estimates(panels[1], sigmas, report.recall, shown, "#e31a1c", "U-turns that return to their example (± 2 s.e.)")
+        _draw_estimates(panels[1], sigmas, report.exact_recall, shown, "#333333", "weight of the example in the exact score")
+        for (name, mark), colour in zip(report.collapse.items(), ("#6a3d9a", "#b15928", "#33a02c"), strict=False):
+            if mark is not None:
+                _draw_mark(panels[1], mark, colour, f"collapse by {name.replace('_', ' ')}")
+        panels[1].set_ylabel("share of returns")
+    for axes in panels:
+        axes.set_ylim(-0.03, 1.05)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, loc="center left" if axes is panels[0] else "upper left")
+    panels[0].set_xscale("log")
+    panels[0].invert_xaxis()
+    panels[-1].set_xlabel("noise σ (generation runs to the right)")
+    names = [report.settings[name] for name in ("pipeline", "scheduler") if name in report.settings]
+    figure.suptitle(", ".join(names) + ": where class and example are decided", fontsize=12)
+    if path is not None:
+        write_together(Path(path).parent, {Path(path).name: figure_bytes(figure, path)})
+    return figure
+
+
+def _draw_estimates(axes: Axes, sigmas: np.ndarray, values: list, shown: np.ndarray, colour: str, label: str) -> None:
+    value, sem = (np.array([getattr(e, name) for e in values])[shown] for name in ("value", "sem"))
+    axes.errorbar(sigmas[shown], value, 2 * sem, fmt="o-", color=colour, markersize=4, linewidth=0.8, label=label)
+
+
+def _draw_mark(axes: Axes, mark: Any, colour: str, name: str) -> None:
+    """A transition as a line with its error as a band."""
+    axes.axvline(mark.value, color=colour, linestyle=":", label=f"{name}: σ = {mark.value:.3g}")
+    if mark.sem:
+        axes.axvspan(mark.value - mark.sem, mark.value + mark.sem, color=colour, alpha=0.15, linewidth=0)
 
 
 def _phase_legend(axes: Axes, labels: np.ndarray) -> None:

@@ -32,6 +32,7 @@ NUMERICAL = [
     "storage",
     "step_geometry",
     "trajectory",
+    "transition_report",
     "viz",
     "comparison",
 ]
@@ -46,6 +47,10 @@ HOST = [
     "plan",
     "settings",
     "analyze",
+    "restart",
+    "clones",
+    "collapse",
+    "transitions",
     "mixin",
     "vector",
     "selfcheck",
@@ -54,8 +59,12 @@ HOST = [
 ]
 STREET = NUMERICAL + HOST
 # Drawn when it is asked for: a trace knows how to plot itself without loading matplotlib.
-CALLED_LATER = {("trajectory", "viz"), ("trajectory", "comparison")}
-TYPES_ONLY = {("viz", "trajectory"), ("viz", "comparison"), ("comparison", "trajectory"), ("trajectory", "comparison")}
+CALLED_LATER = {("trajectory", "viz"), ("trajectory", "comparison"), ("transition_report", "viz")}
+TYPES_ONLY = {
+    *(("viz", name) for name in ("trajectory", "comparison", "transition_report")),
+    ("comparison", "trajectory"),
+    ("trajectory", "comparison"),
+}
 
 
 def imports(path):
