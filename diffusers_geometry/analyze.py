@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .capture import record
-from .denoiser import Map
+from .denoiser import UNITS, Map
 from .jacobian import Derivative
 from .plan import GeometryPlan, SpectrumMethod, choose_within_limits, plan_probe, plan_recording
 from .precision import to_float32
@@ -67,7 +67,9 @@ def analyze_geometry(
             arXiv:2408.08307), "perturbation" (Algorithm 1 of arXiv:2410.05898, at the final sample) or "central_difference"
             (Algorithm 2, at x_t); "auto" is dense or Golub-Kahan, by dimension, wanted values and limits.
         num_singular_values: How many of the largest; all (or 16, by Golub-Kahan and "randomized") if None.
-        of: The map: "denoised" (D'), "score" ((D' - I) / sigma^2) or "epsilon" ((I - D') / sigma).
+        of: The map: "denoised" (D'), "score" ((D' - I) / sigma^2), "epsilon" ((I - D') / sigma), "decoded" (to the image of x_0),
+            "decoder" (latent to image) or "sampled" (unit noise to x_0, through the remaining steps of a deterministic sampler);
+            see :mod:`.denoiser`. The last three take D' by products of its own.
         branch: "guided" (what the sampler follows), "conditional" or "unconditional".
         flipd: Also take the local intrinsic dimension at the final sample, on the conditional branch, at every step's noise.
         log_volume_epsilon: Also take 1/2 log det(J^T J + epsilon^2) over all d values, by Lanczos quadrature with error bars;
@@ -113,7 +115,7 @@ def analyze_geometry(
     probe, steps = Probe(plan), []
     for step in tqdm(recording, desc="geometry", unit="step", disable=not progress):
         steps.append(_step_geometry(step, _probe_batch(probe, step, recording.final_sample, settings), settings))
-    return GeometryTrace(tuple(steps), settings | {"plan": plan.as_dict()} | _provenance(pipe), _images(output))
+    return GeometryTrace(tuple(steps), settings | {"plan": plan.as_dict(), "units": UNITS[of]} | _provenance(pipe), _images(output))
 
 
 def plan_geometry(pipe: Any, /, *args: Any, **kwargs: Any) -> GeometryPlan:
@@ -171,6 +173,8 @@ def _step_geometry(step: RecordedStep, found: list[PointGeometry], settings: dic
         return None if estimates[0] is None else BatchEstimate.stack(estimates)
 
     details = found[0].details if len(found) == 1 else {"samples": [f.details for f in found]}
+    if step.note:
+        details = details | {"note": step.note}
     return StepGeometry.from_spectra(
         [f.spectrum for f in found],
         [f.denoised for f in found],

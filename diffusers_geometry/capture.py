@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .difference import require_finite
 from .drive import Drive, PipelineCall, keeping_attention_processors, own_output
+from .ending import Ending
 from .jacobian import Derivative
 from .precision import check_probeable
 from .recorded_step import Engine, RecordedStep
@@ -171,7 +172,8 @@ class Recording(Sequence[RecordedStep]):
             sample, model_output = sample[: len(sample) // 2], model_output[: len(model_output) // 2]
         level = noise_level(self.pipe.scheduler, position)
         sample, model_output = sample.detach(), model_output.detach()
-        step = RecordedStep(position, level, sample, model_output, calls, drive, self._engine, self._derivative)
+        ending = Ending(drive, position, self._first, sample, lambda: self.final_sample)
+        step = RecordedStep(position, level, sample, model_output, calls, drive, self._engine, self._derivative, ending)
         self._recorded.append(step)
 
 

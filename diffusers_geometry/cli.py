@@ -39,7 +39,7 @@ Method = Annotated[
     str,
     typer.Option(help="auto, dense, golub_kahan, randomized, perturbation (Algorithm 1) or central_difference (Algorithm 2)."),
 ]
-Of = Annotated[str, typer.Option(help="Which map: denoised, score or epsilon.")]
+Of = Annotated[str, typer.Option(help="Which map: denoised, score, epsilon, decoded, decoder or sampled.")]
 Branch = Annotated[str, typer.Option(help="Branch of guidance: guided, conditional or unconditional.")]
 NumSingularValues = Annotated[int | None, typer.Option(help="How many of the largest singular values; all if the method has them.")]
 Flipd = Annotated[bool, typer.Option("--flipd", help="Also take the local intrinsic dimension at the final sample.")]

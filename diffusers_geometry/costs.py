@@ -36,8 +36,9 @@ class ProductCosts:
         if plan.method in ("perturbation", "central_difference"):
             values = 2 if plan.method == "central_difference" else 1
             spectrum = self.evaluation * values * (plan.spectrum_products + plan.step_products)
-        elif plan.method == "dense":
-            spectrum = plan.spectrum_products * self._single
+        elif plan.method == "dense":  # with a spectrum of D' of its own, the map has more outputs than inputs
+            spectrum = plan.spectrum_products * (self.forward if plan.denoised_products else self._single)
+            spectrum += plan.denoised_products * self._single
         else:
             spectrum = (plan.spectrum_products + plan.denoised_products) * (self._single + self.forward) / 2
         traces = (plan.trace_products + plan.flipd_products) * self._single
@@ -58,16 +59,16 @@ def available_memory() -> int | None:
 
 def measure_costs(plan: ProbePlan, denoiser: Denoiser, x_t: Tensor) -> ProductCosts:
     """Times one product of each kind at ``x_t``, in chunks of the sizes that the plan uses."""
-    jacobian = denoiser.jacobian(x_t, chunk_size=plan.chunk_size, derivative=plan.derivative, symmetric=plan.symmetric)
+    jacobian = denoiser.jacobian(x_t, plan.of, chunk_size=plan.chunk_size, derivative=plan.derivative, symmetric=plan.symmetric)
     count = min(plan.block_size if plan.method == "golub_kahan" else plan.chunk_size, plan.size)
-    stack = x_t.expand(count, *x_t.shape).contiguous()
-    jacobian.jvp(x_t)  # the first pass pays for set-up
-    forward = _seconds(lambda: jacobian.jvp(stack)) / count
-    reverse = _seconds(lambda: jacobian.vjp(stack)) / count if jacobian.has_reverse else None
+    inputs, outputs, points = (t.expand(count, *t.shape).contiguous() for t in (jacobian.x, jacobian.value, x_t))
+    jacobian.jvp(jacobian.x)  # the first pass pays for set-up
+    forward = _seconds(lambda: jacobian.jvp(inputs)) / count
+    reverse = _seconds(lambda: jacobian.vjp(outputs)) / count if jacobian.has_reverse else None
     with torch.no_grad():
-        evaluation = _seconds(lambda: denoiser.denoised(stack)) / count
-    product = jacobian.vjp if jacobian.has_reverse else jacobian.jvp
-    return ProductCosts(reverse, forward, evaluation, _peak_memory(lambda: product(stack), count, x_t.device))
+        evaluation = _seconds(lambda: denoiser.denoised(points)) / count
+    product = (lambda: jacobian.vjp(outputs)) if jacobian.has_reverse else (lambda: jacobian.jvp(inputs))
+    return ProductCosts(reverse, forward, evaluation, _peak_memory(product, count, x_t.device))
 
 
 def _seconds(run: Callable[[], Any]) -> float:

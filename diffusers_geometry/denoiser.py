@@ -13,6 +13,12 @@ of arXiv:2410.05898. In code dy is dx_t / alpha_t, so that alpha_t = 0 (pure noi
     "denoised"     alpha_t D(x_t)                                                          D'
     "score"        (alpha_t D(x_t) - x_t) alpha_t^2 / sigma_t^2                            (D' - I) / sigma^2
     "epsilon"      (x_t - alpha_t D(x_t)) alpha_t / sigma_t                                (I - D') / sigma
+    "decoded"      alpha_t decode(D(x_t))                                                  d image / dy
+    "sampled"      sigma_t x_0(x_t), through the remaining steps                           d x_0 / d (x_t / sigma_t)
+    "decoder"      decode(z), at the latent z that D(x_t) becomes; with respect to z       d image / dz
+
+The last three need a :class:`~.continuation.Continuation`: what follows a step in a pipeline. The unit of "sampled" is the noise,
+so that it is finite at alpha_t = 0 and does not depend on the scheduler's scaling.
 """
 
 from __future__ import annotations
@@ -24,11 +30,18 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .continuation import Continuation
 from .jacobian import Jacobian
 
-Map = Literal["denoised", "score", "epsilon"]
+Map = Literal["denoised", "score", "epsilon", "decoded", "decoder", "sampled"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction"]
 MAPS: tuple[str, ...] = get_args(Map)
+CONTINUED: tuple[str, ...] = ("decoded", "decoder", "sampled")  # maps that do not follow from D' alone
+UNITS = {
+    "denoised": "x_0 per x_0", "score": "1 / x_0^2", "epsilon": "unit noise per x_0",
+    "decoded": "decoder output (before any clamp) per x_0", "decoder": "decoder output (before any clamp) per decoder input",
+    "sampled": "x_0 per unit noise",
+}  # fmt: skip
 
 
 def prediction_coefficients(prediction_type: str, alpha_t: float, sigma_t: float) -> tuple[float, float]:
@@ -66,6 +79,7 @@ class Denoiser:
         sigma_t: Noise scale, > 0.
         select_fn: For a batch whose samples are conditioned differently, maps a sample's index to its own ``denoised_fn``.
         cancellation: alpha_t |a| where D' = alpha_t (a I + b J) comes from a prediction J: its rounding is that of a I.
+        continuation: What follows this step, for the maps "decoded", "decoder" and "sampled".
 
     Raises:
         ValueError: ``alpha_t < 0`` or ``sigma_t <= 0``.
@@ -79,11 +93,12 @@ class Denoiser:
         sigma_t: float,
         select_fn: Callable[[int], Callable[[Tensor], Tensor]] | None = None,
         cancellation: float = 0.0,
+        continuation: Continuation | None = None,
     ) -> None:
         if not alpha_t >= 0 or not sigma_t > 0 or not math.isfinite(alpha_t + sigma_t):
             raise ValueError(f"alpha_t={alpha_t}, sigma_t={sigma_t}. Expected finite alpha_t >= 0 and sigma_t > 0.")
         self.alpha_t, self.sigma_t = float(alpha_t), float(sigma_t)
-        self.cancellation = cancellation
+        self.cancellation, self.continuation = cancellation, continuation
         self._denoised_fn, self._select_fn = denoised_fn, select_fn
 
     @classmethod
@@ -94,6 +109,7 @@ class Denoiser:
         alpha_t: float,
         sigma_t: float,
         prediction_type: PredictionType = "epsilon",
+        continuation: Continuation | None = None,
     ) -> Denoiser:
         """A denoiser from any network at this noise level; needs no diffusers.
 
@@ -102,9 +118,11 @@ class Denoiser:
             alpha_t: Signal scale, >= 0.
             sigma_t: Noise scale, > 0.
             prediction_type: What ``fn`` predicts, in diffusers' words.
+            continuation: What decodes or samples on from here.
         """
         a, b = prediction_coefficients(prediction_type, alpha_t, sigma_t)
-        return cls(lambda x_t: a * x_t + b * fn(x_t), alpha_t=alpha_t, sigma_t=sigma_t, cancellation=alpha_t * abs(a))
+        levels = {"alpha_t": alpha_t, "sigma_t": sigma_t, "cancellation": alpha_t * abs(a)}
+        return cls(lambda x_t: a * x_t + b * fn(x_t), continuation=continuation, **levels)
 
     @property
     def sigma(self) -> float:
@@ -127,10 +145,20 @@ class Denoiser:
         """The denoiser of one sample of a batch, which takes any number of points (K, *dims)."""
         if self._select_fn is None:
             return self
-        return Denoiser(self._select_fn(index), alpha_t=self.alpha_t, sigma_t=self.sigma_t, cancellation=self.cancellation)
+        continuation = None if self.continuation is None else self.continuation.select(index)
+        levels = {"alpha_t": self.alpha_t, "sigma_t": self.sigma_t, "cancellation": self.cancellation}
+        return Denoiser(self._select_fn(index), continuation=continuation, **levels)
 
     def canonical_map(self, of: Map = "denoised") -> Callable[[Tensor], Tensor]:
-        """The map of the module docstring's table, (K, *dims) -> (K, *dims): its Jacobian in x_t is the canonical one."""
+        """The map of the module docstring's table, (K, *dims) -> (K, *out): its Jacobian in x_t is the canonical one.
+
+        "decoder" is a map of latents instead, see :meth:`map_point`.
+
+        Raises:
+            ValueError: an unknown map, or one that needs a continuation where there is none.
+        """
+        if of in CONTINUED:
+            return self._continued(of)
         alpha_t, sigma_t = self.alpha_t, self.sigma_t
         if of == "denoised":
             return lambda x_t: alpha_t * self.denoised(x_t)
@@ -139,6 +167,29 @@ class Denoiser:
         if of == "epsilon":
             return lambda x_t: (x_t - alpha_t * self.denoised(x_t)) * (alpha_t / sigma_t)
         raise ValueError(f"of={of!r}. Expected one of {MAPS}.")
+
+    def _continued(self, of: Map) -> Callable[[Tensor], Tensor]:
+        if self.continuation is None:
+            raise ValueError(
+                f"of={of!r} needs to know what follows this step, and this denoiser does not. Expected one recorded from a "
+                "pipeline, or Denoiser(..., continuation=Continuation(...))."
+            )
+        if of == "decoder":
+            return self.continuation.decoder
+        if of == "sampled":
+            return lambda x_t: self.sigma_t * self.continuation.sample(x_t)
+        return lambda x_t: self.alpha_t * self.continuation.decode(self.denoised(x_t))
+
+    def map_point(self, x_t: Tensor, of: Map) -> Tensor:
+        """Where the Jacobian of ``of`` is taken: x_t (*dims) itself, or for "decoder" the latent that D(x_t) becomes."""
+        if of not in CONTINUED:
+            return x_t
+        continued = self._continued(of)
+        with torch.no_grad():
+            if of == "decoder":
+                return self.continuation.decoder_input(self.denoised(x_t[None]))[0]
+            continued(x_t[None])  # a pipeline finds out here how it ends, which it cannot while it is differentiated
+        return x_t
 
     def as_denoised(self, columns: Tensor, directions: Tensor, of: Map) -> Tensor:
         """Turns columns J_of V of the canonical Jacobian into D'V, given the directions V; zero at alpha_t = 0."""
@@ -161,15 +212,17 @@ class Denoiser:
 
         Args:
             x_t: The point, shape (*dims), at least float32.
-            of: "denoised" (D'), "score" ((D' - I) / sigma^2) or "epsilon" ((I - D') / sigma).
+            of: The map, see the module docstring.
             **options: ``chunk_size``, ``derivative``, ``symmetric``, ``generator`` of :class:`~.jacobian.Jacobian`.
         """
         batched = self.canonical_map(of)
         options = {"scale": self.sigma_t, "cancellation": self._cancellation(of), **options}
-        return Jacobian(lambda x: batched(x[None])[0], x_t, batched_fn=batched, **options)
+        return Jacobian(lambda x: batched(x[None])[0], self.map_point(x_t, of), batched_fn=batched, **options)
 
     def _cancellation(self, of: Map) -> float:
         """Size of what cancels in the map's Jacobian: D' itself is subtracted from the identity in the others."""
+        if of in CONTINUED:
+            return 0.0
         inverse = self.alpha_t / self.sigma_t
         return {"denoised": self.cancellation, "score": (1 + self.cancellation) * inverse**2}.get(
             of, (1 + self.cancellation) * inverse

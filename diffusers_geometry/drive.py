@@ -20,14 +20,14 @@ import torch
 from torch import Tensor, nn
 
 _CALLBACKS = ("callback", "callback_on_step_end")
-_PATCHED = ("set_timesteps", "scale_model_input", "step")
+PATCHED = ("set_timesteps", "scale_model_input", "step")
 
 
-class _AllPointsEvaluated(BaseException):
-    """Ends the pipeline's loop; not an Exception, so that no pipeline swallows it."""
+class EndOfRun(BaseException):
+    """Ends a private run of the pipeline; not an Exception, so that no pipeline swallows it."""
 
 
-class _StepOutput(tuple):
+class StepOutput(tuple):
     """What a pipeline reads of a scheduler step: ``.prev_sample``, or the first item of a tuple."""
 
     @property
@@ -110,6 +110,32 @@ def keeping_attention_processors(pipe: Any) -> Iterator[None]:
                 part.set_processor(processor) if hasattr(part, "set_processor") else setattr(part, "processor", processor)
 
 
+def private_pipeline(call: PipelineCall, scheduler: Any, **components: Any) -> Any:
+    """A shallow copy of the call's pipeline with another scheduler, and other components where given."""
+    pipe = copy.copy(call.pipe)
+    pipe.__class__ = call.pipeline_class
+    pipe.__dict__.update(scheduler=scheduler, _progress_bar_config={"disable": True}, **components)
+    return pipe
+
+
+def run_privately(call: PipelineCall, pipe: Any, **changed: Any) -> Any:
+    """Repeats the call on a private pipeline, with gradients where they are enabled; None when :class:`EndOfRun` ended it.
+
+    Args:
+        call: The recorded call.
+        pipe: From :func:`private_pipeline`.
+        **changed: Arguments of the call that differ.
+    """
+    run = call.pipeline_class.__call__
+    if torch.is_grad_enabled():
+        run = inspect.unwrap(run)  # past diffusers' @torch.no_grad
+    try:
+        with call.global_rng(), keeping_attention_processors(pipe):
+            return run(pipe, *call.positional, **call.replayed_arguments() | changed)
+    except EndOfRun:
+        return None
+
+
 class Drive:
     """Evaluates the model output of step k at any points by running the pipeline.
 
@@ -123,7 +149,11 @@ class Drive:
 
     def __init__(self, call: PipelineCall, scheduler: Any, state: dict[str, Any], timestep: Any, duplicated: bool) -> None:
         self.call, self.scheduler, self.timestep, self.duplicated = call, scheduler, timestep, duplicated
-        self.state = {name: value for name, value in state.items() if name not in _PATCHED}
+        self.state = {name: value for name, value in state.items() if name not in PATCHED}
+
+    def restore(self, scheduler: Any) -> None:
+        """Puts a scheduler into its state at step k."""
+        scheduler.__dict__.update({k: copy.copy(v) if isinstance(v, list) else v for k, v in self.state.items()})
 
     def __call__(self, points: Sequence[Tensor]) -> list[Tensor]:
         """Model outputs at ``points``, each (b, *dims) -> (b, *dims); differentiable where gradients are enabled.
@@ -147,14 +177,7 @@ class Drive:
     def _run(self, points: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """(model output, sample that the scheduler was given) at every point."""
         pipe, received = self._private_pipeline([torch.cat([p, p]) if self.duplicated else p for p in points])
-        run = self.call.pipeline_class.__call__
-        if torch.is_grad_enabled():
-            run = inspect.unwrap(run)  # past diffusers' @torch.no_grad
-        try:
-            with self.call.global_rng(), keeping_attention_processors(pipe):
-                run(pipe, *self.call.positional, **self.call.replayed_arguments())
-        except _AllPointsEvaluated:
-            pass
+        run_privately(self.call, pipe)
         if len(received) != len(points) + 1:
             raise RuntimeError(
                 f"{self.call.pipeline_class.__name__} evaluated {max(len(received) - 1, 0)} of {len(points)} points when its "
@@ -165,19 +188,18 @@ class Drive:
 
     def _private_pipeline(self, points: list[Tensor]) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
         scheduler, received, upcoming = copy.deepcopy(self.scheduler), [], iter(points)
-        originals = {name: getattr(scheduler, name) for name in _PATCHED if hasattr(scheduler, name)}
+        originals = {name: getattr(scheduler, name) for name in PATCHED if hasattr(scheduler, name)}
         parameters = list(inspect.signature(originals["step"]).parameters)
 
         def pin() -> None:
-            scheduler.__dict__.update({k: copy.copy(v) if isinstance(v, list) else v for k, v in self.state.items()})
+            self.restore(scheduler)
             timesteps = torch.as_tensor(self.state["timesteps"])
             repeats = len(timesteps) + len(points) + 1
             scheduler.timesteps = torch.as_tensor(self.timestep, device=timesteps.device, dtype=timesteps.dtype).repeat(repeats)
 
         @functools.wraps(originals["set_timesteps"])
         def set_timesteps(*args: Any, **kwargs: Any) -> None:
-            originals["set_timesteps"](*args, **kwargs)
-            pin()
+            pin()  # the state of step k holds what this sets, and no NumPy that a function transform could not pass
 
         @functools.wraps(originals.get("scale_model_input", lambda sample, timestep=None: sample))
         def scale_model_input(*args: Any, **kwargs: Any) -> Tensor:
@@ -185,22 +207,19 @@ class Drive:
             return originals["scale_model_input"](*args, **kwargs)
 
         @functools.wraps(originals["step"])
-        def step(*args: Any, **kwargs: Any) -> _StepOutput:
+        def step(*args: Any, **kwargs: Any) -> StepOutput:
             named = dict(zip(parameters, args, strict=False)) | kwargs
             received.append((named["model_output"], named["sample"]))
             point = next(upcoming, None)
             if point is None:
-                raise _AllPointsEvaluated
-            return _StepOutput((point, point))
+                raise EndOfRun
+            return StepOutput((point, point))
 
         replacements: dict[str, Callable] = {"set_timesteps": set_timesteps, "step": step}
         if "scale_model_input" in originals:
             replacements["scale_model_input"] = scale_model_input
         scheduler.__dict__.update(replacements)
-        pipe = copy.copy(self.call.pipe)
-        pipe.__class__ = self.call.pipeline_class
-        pipe.__dict__.update(scheduler=scheduler, _progress_bar_config={"disable": True})
-        return pipe, received
+        return private_pipeline(self.call, scheduler), received
 
 
 def own_channels(output: Tensor, shape: Sequence[int]) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from .capture import RecordedEnough, record, resolve_steps
 from .costs import ProductCosts, available_memory, measure_costs
+from .denoiser import CONTINUED
 from .golub_kahan import golub_kahan_memory
 from .precision import to_float32
 from .probe import ProbePlan
@@ -99,10 +100,12 @@ def plan_probe(
     symmetric: bool = False,
     centred: bool = True,
     max_memory: int | None = None,
+    output_size: int | None = None,
 ) -> ProbePlan:
     """The plan for samples of ``size`` numbers, from dimensions, product counts and bytes alone.
 
-    ``max_products`` limits the products; the differences by which a step is chosen come on top and are in the plan.
+    ``max_products`` limits the products; the differences by which a step is chosen come on top and are in the plan. The map's
+    outputs number ``output_size``, as many as its inputs if None.
 
     Raises:
         ValueError: a budget that the method (or with "auto" any method) cannot meet; it says what can.
@@ -114,7 +117,7 @@ def plan_probe(
     quadrature = min(2 * log_volume_probes * log_volume_steps, size) if log_volume_epsilon is not None else 0
     estimated, exact = min(TRACE_PRODUCTS, size), size <= FLIPD_EXACT and (max_products is None or max_products >= 2 * size)
     fixed = {"flipd_products": (size if exact else estimated) if flipd else 0}
-    maps = 1 if of == "denoised" else 2
+    maps, continued, outputs = 1 if of == "denoised" else 2, of in CONTINUED, output_size or size
     reverse = derivative == "autograd" or symmetric
     shared = {
         "of": of, "size": size, "log_volume_epsilon": log_volume_epsilon, "log_volume_probes": log_volume_probes,
@@ -130,6 +133,8 @@ def plan_probe(
     def dense() -> ProbePlan:
         taken = step and STEP_PRODUCTS * (1 + flipd)
         sizes = {"spectrum_products": size, "step_products": taken, "memory": 36 * size**2 * maps}
+        if continued:
+            sizes |= {"spectrum_products": min(size, outputs), "denoised_products": size, "memory": 36 * size * (size + outputs)}
         return ProbePlan("dense", num_singular_values=num_singular_values, **sizes, **shared)
 
     def largest(name: str) -> ProbePlan:
@@ -142,7 +147,7 @@ def plan_probe(
             spent = max(least, min(PRODUCTS_PER_VALUE * wanted, 2 * size))
         else:
             spent = min((max_products - trace - quadrature - fixed["flipd_products"]) // maps, 2 * size)
-        memory = golub_kahan_memory((size, size), max(spent, least), shared["block_size"])
+        memory = golub_kahan_memory((outputs, size), max(spent, least), shared["block_size"])
         sizes = {
             "spectrum_products": spent, "denoised_products": spent * (maps - 1), "trace_products": trace,
             "log_volume_products": quadrature, "step_products": step,
@@ -164,6 +169,10 @@ def plan_probe(
         }  # fmt: skip
         return ProbePlan(name, num_singular_values=num_singular_values, **sizes, **shared)
 
+    if continued and method in ("perturbation", "central_difference"):
+        raise ValueError(
+            f"spectrum={method!r} is of denoisers, not of of={of!r}. Expected spectrum='auto', 'dense', 'golub_kahan' or 'randomized'."
+        )
     if method in ("golub_kahan", "randomized") and not reverse:
         raise ValueError(
             f"spectrum={method!r} needs reverse products, which a black box (derivative='difference') does not have. Expected "
@@ -214,7 +223,7 @@ def _first_that_fits(candidates: list[ProbePlan], max_products: int | None, max_
 def _least_products(plan: ProbePlan) -> int:
     """The smallest budget with which the method gives a spectrum."""
     return {
-        "golub_kahan": 2 * max(plan.num_singular_values or 1, plan.block_size), "dense": plan.size,
+        "golub_kahan": 2 * max(plan.num_singular_values or 1, plan.block_size), "dense": plan.spectrum_products,
         "randomized": plan.spectrum_products, "perturbation": 4, "central_difference": 1,
     }[plan.method]  # fmt: skip
 
@@ -267,6 +276,8 @@ def choose_within_limits(
     A request for "auto" that is too slow in its first choice is tried with Golub-Kahan.
     """
     denoiser, x_t = step.branch(settings["branch"]).select(0), to_float32(step.sample[0])
+    if request["of"] in CONTINUED:
+        request = request | {"output_size": denoiser.jacobian(x_t, request["of"]).value.numel()}
     limits = {"max_seconds": settings["max_probe_seconds"], "max_memory": settings["max_probe_memory"]}
     plan = plan_probe(x_t.numel(), max_memory=limits["max_memory"], **request)
     if limits["max_seconds"] is None and limits["max_memory"] is None:

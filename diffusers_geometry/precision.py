@@ -1,8 +1,12 @@
 """Probing a pipeline's networks in float32 and without parameter gradients, leaving the user's modules as they are.
 
 Within :meth:`ProbeWeights.scope` every parameter and floating buffer of the given modules is replaced by a detached float32
-tensor (the same storage when it is float32 already, a cached copy when it is half precision), and the floating inputs of a half
-precision module are raised to float32. On leaving, the original objects are put back: same tensors, same dtype, same flags.
+tensor (the same storage when it is float32 already, a cached copy when it is half precision or less), and the floating inputs of
+such a module are raised to float32. On leaving, the original objects are put back: same tensors, same dtype, same flags.
+
+What diffusers hooks into a network's ``forward`` to save time or memory is passed by meanwhile, without being removed: step caches,
+which make the output depend on earlier calls (they poison a difference by tens of per cent); layerwise casting, which rounds weights
+inside the forward pass; group offloading, whose weights are copied to where it would load them.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 HALF = (torch.float16, torch.bfloat16)
+_GROUP_OFFLOADING = "group_offloading"
+_PASSED_BY = ("layerwise_casting", _GROUP_OFFLOADING, "lazy_prefetch_group_offloading", "layer_execution_tracker")
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
@@ -37,8 +43,32 @@ def to_float32(value: Tensor) -> Tensor:
 
 
 def is_half(module: nn.Module) -> bool:
-    """Whether any weight of the module is in half precision."""
-    return any(p.dtype in HALF for p in module.parameters())
+    """Whether any weight of the module is in half precision or less."""
+    return any(_is_low(p) for p in module.parameters())
+
+
+def _is_low(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() < 4
+
+
+def has_step_cache(module: nn.Module) -> bool:
+    """Whether the network reuses results between calls (FirstBlockCache and its kin), however that was switched on."""
+    return any(hook._is_stateful for part in module.modules() for hook in _hooks(part).values())
+
+
+def _hooks(part: nn.Module) -> dict[str, Any]:
+    """diffusers' hooks of one part of a network."""
+    return getattr(part, "_diffusers_hook", None).hooks if hasattr(part, "_diffusers_hook") else {}
+
+
+def _pass_by(hook: Any, restore: ExitStack) -> None:
+    """Makes a hook do nothing until ``restore`` closes; it stays where it is and keeps its state."""
+    chain = hook.fn_ref
+    for name in ("pre_forward", "post_forward", "forward"):
+        restore.callback(setattr, chain, name, getattr(chain, name))
+    chain.pre_forward = lambda module, *args, **kwargs: (args, kwargs)
+    chain.post_forward = lambda module, output: output
+    chain.forward = chain.original_forward or chain.forward
 
 
 class ProbeWeights:
@@ -54,6 +84,7 @@ class ProbeWeights:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modules = list(modules)
         self._copies: dict[int, tuple[Tensor, int, nn.Parameter]] = {}
+        self._onload_devices: dict[int, torch.device] = {}
         self._depth = 0
 
     @contextmanager
@@ -86,6 +117,12 @@ class ProbeWeights:
             handle = module.register_forward_pre_hook(self._raise_inputs, with_kwargs=True, prepend=True)
             restore.callback(handle.remove)
         for part in module.modules():
+            for name, hook in _hooks(part).items():
+                if name == _GROUP_OFFLOADING:
+                    self._onload(hook.group)
+                if hook._is_stateful or name in _PASSED_BY:
+                    _pass_by(hook, restore)
+        for part in module.modules():
             if getattr(part, "gradient_checkpointing", False):
                 restore.callback(setattr, part, "gradient_checkpointing", True)
                 part.gradient_checkpointing = False
@@ -96,13 +133,20 @@ class ProbeWeights:
     def _leave(self) -> None:
         self._depth -= 1
 
+    def _onload(self, group: Any) -> None:
+        """Notes where the weights of an offloaded group are needed."""
+        parts = [t for m in group.modules for t in (*m.parameters(), *m.buffers())]
+        for tensor in (*parts, *(group.parameters or ()), *(group.buffers or ())):
+            self._onload_devices[id(tensor)] = torch.device(group.onload_device)
+
     def _probe(self, tensor: Tensor) -> Tensor:
         """The tensor without gradients, half precision raised; a parameter stays one, as offloading hooks expect."""
-        if tensor.dtype not in HALF:
+        device = self._onload_devices.get(id(tensor), tensor.device)
+        if not _is_low(tensor) and device == tensor.device:
             return self._alike(tensor, tensor.detach())
         held = self._copies.get(id(tensor))
         if held is None or held[0] is not tensor or held[1] != tensor._version:
-            raised = self._alike(tensor, tensor.detach().float())
+            raised = self._alike(tensor, tensor.detach().to(device, torch.float32 if _is_low(tensor) else tensor.dtype))
             held = self._copies[id(tensor)] = (tensor, tensor._version, raised)
         return held[2]
 
@@ -125,7 +169,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def check_probeable(name: str, module: nn.Module) -> None:
-    """Refuses what a probe cannot undo: train mode, weights cast layer by layer, a step cache.
+    """Refuses train mode, whose dropout a probe cannot undo.
 
     Raises:
         ValueError: it says what to switch off.
@@ -134,15 +178,4 @@ def check_probeable(name: str, module: nn.Module) -> None:
         raise ValueError(
             f"pipe.{name} is in train mode, where dropout makes every evaluation different. Expected eval mode: call "
             f"pipe.{name}.eval()."
-        )
-    registries = [part._diffusers_hook for part in module.modules() if hasattr(part, "_diffusers_hook")]
-    if any("layerwise_casting" in str(hook) for registry in registries for hook in registry.hooks):
-        raise ValueError(
-            f"pipe.{name} casts its weights layer by layer, which cannot be differentiated through. Expected a network without "
-            "enable_layerwise_casting: load it in float32, bfloat16 or float16."
-        )
-    if getattr(module, "is_cache_enabled", False):
-        raise ValueError(
-            f"pipe.{name} reuses results between steps, so that its output is not a function of the sample alone. Expected no "
-            f"cache: call pipe.{name}.disable_cache()."
         )

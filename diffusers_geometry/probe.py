@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .denoiser import Denoiser, Map
+from .denoiser import CONTINUED, Denoiser, Map
 from .difference import CountedMap, central_difference_columns, choose_step, orthonormal_directions
 from .dimension import flipd
 from .estimate import Estimate
@@ -19,7 +19,7 @@ from .function_values import central_difference_spectrum, perturbation_columns, 
 from .golub_kahan import golub_kahan_spectrum
 from .jacobian import Derivative, Jacobian
 from .quadrature import lanczos_quadrature
-from .spectrum import Spectrum, matrix_spectrum, randomized_spectrum
+from .spectrum import Spectrum, dense_spectrum, matrix_spectrum, randomized_spectrum
 from .stochastic import estimate_trace
 
 
@@ -162,7 +162,8 @@ class Probe:
         found.products += sum(j.products + j.step_products for j in jacobians)
         found.backend = jacobians[0].backend
         self.chunk_size = min(j.chunk_size for j in jacobians)
-        found.details |= {"chunk_size": self.chunk_size, "step": jacobians[0].step} | found.spectrum.details
+        shapes = {"input_shape": list(jacobians[0].x.shape), "output_shape": list(jacobians[0].value.shape)}
+        found.details |= {"chunk_size": self.chunk_size, "step": jacobians[0].step} | shapes | found.spectrum.details
         reasons = [r for j in jacobians for r in (j.fallback_reason, j.forward_fallback_reason) if r]
         if reasons:
             found.details["fallback_reason"] = reasons[0]
@@ -170,6 +171,10 @@ class Probe:
 
     def _dense(self, denoiser: Denoiser, x_t: Tensor, generator: torch.Generator) -> PointGeometry:
         jacobian, of = self._jacobian(denoiser, x_t, self.plan.of), self.plan.of
+        if of in CONTINUED:
+            inner = self._jacobian(denoiser, x_t, "denoised")
+            spectrum, denoised = dense_spectrum(jacobian), dense_spectrum(inner)
+            return self._finish(PointGeometry(spectrum, denoised, denoised.trace), jacobian, inner)
         matrix = jacobian.dense()
         made = {"method": "dense", "bound": jacobian.rounding, "step": jacobian.step}
         spectrum = denoised = matrix_spectrum(matrix, products=len(matrix), **made)

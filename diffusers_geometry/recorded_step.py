@@ -19,8 +19,9 @@ from torch import Tensor
 from .denoiser import Denoiser
 from .difference import require_finite
 from .drive import Drive
+from .ending import Ending
 from .jacobian import Derivative, Jacobian
-from .precision import HALF, ProbeWeights, to_float32
+from .precision import HALF, ProbeWeights, has_step_cache, to_float32
 from .replay import NetworkCall, Replay, ReplayRefused, input_scales, is_single_output
 from .schedule import NoiseLevel
 
@@ -42,6 +43,8 @@ class RecordedStep:
         level: The :class:`~diffusers_geometry.schedule.NoiseLevel`; its alpha_t, sigma_t and sigma are attributes here too.
         sample: x_t as the scheduler was given it, (B, *dims).
         model_output: What the scheduler was given with it, guidance combined, (B, *dims).
+        refusal: Why replay was refused, or None.
+        note: What a reader should know of this step's numbers (a step cache was on), or None; both are set once it is certified.
     """
 
     def __init__(
@@ -54,15 +57,20 @@ class RecordedStep:
         drive: Drive,
         engine: Engine,
         derivative: Derivative = "autograd",
+        ending: Ending | None = None,
     ) -> None:
         self.index, self.level, self.sample, self.model_output = index, level, sample, model_output
         self.timestep, self.alpha_t, self.sigma_t, self.sigma = level.timestep, level.alpha_t, level.sigma_t, level.sigma
         self.drive, self._requested, self._calls, self._derivative = drive, engine, calls, derivative
+        self.ending = ending
         self._autocast = torch.is_autocast_enabled(sample.device.type)  # while the pipeline ran
-        self._weights = ProbeWeights({id(c.module): c.module for c in calls}.values())
+        modules = list({id(c.module): c.module for c in calls}.values())
+        self._weights = ProbeWeights(modules)
+        self._cached = any(has_step_cache(m) for m in modules)  # while the pipeline ran
         self._replay: Replay | None = None
         self._certificate: tuple[str, float] | None = None
         self.refusal: str | None = None
+        self.note: str | None = None
 
     @property
     def engine(self) -> str:
@@ -110,6 +118,7 @@ class RecordedStep:
             sigma_t=self.sigma_t,
             select_fn=lambda i: functools.partial(denoised, index=i),
             cancellation=self.alpha_t * abs(a),
+            continuation=self.ending and self.ending.continuation(guided=name == "guided"),
         )
 
     def _stacked(self, x_t: Tensor, index: int | None) -> Tensor:
@@ -147,7 +156,9 @@ class RecordedStep:
             driven = [require_finite(o, f"the network's output at step {self.index}") for o in self.drive.verified(points)]
         on_point = _relative(driven[0], self.model_output)
         tolerance = HALF_TOLERANCE if half or self._autocast else CERTIFICATE_TOLERANCE
-        if on_point > tolerance:
+        if self._cached:  # the trajectory is that of the cached run, the denoiser that of the network itself
+            self.note = f"a step cache changed the recorded output by {on_point:.1e}; probes are of the network without it"
+        elif on_point > tolerance:
             raise RuntimeError(
                 f"step {self.index} (timestep {self.timestep:g}) cannot be evaluated again: the pipeline's own loop gives a model "
                 f"output that differs by {on_point:.1e} from the recorded one. Expected a step that depends on the sample and "

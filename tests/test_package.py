@@ -15,6 +15,7 @@ NUMERICAL = [
     "difference",
     "forward_mode",
     "jacobian",
+    "continuation",
     "denoiser",
     "exact",
     "estimate",
@@ -46,6 +47,7 @@ HOST = [
     "schedule",
     "precision",
     "drive",
+    "ending",
     "replay",
     "recorded_step",
     "capture",
@@ -67,9 +69,8 @@ STREET = NUMERICAL + HOST
 CALLED_LATER = {("trajectory", "viz"), ("trajectory", "comparison"), ("transition_report", "viz")}
 TYPES_ONLY = {
     *(("viz", name) for name in ("trajectory", "comparison", "transition_report")),
-    ("comparison", "trajectory"),
-    ("trajectory", "comparison"),
-}
+    ("comparison", "trajectory"), ("trajectory", "comparison"),
+}  # fmt: skip
 
 
 def imports(path):

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -65,17 +66,25 @@ class History:
         settings: Of this training, as its card tells them.
         seconds: Spent between its start and its checkpoints.
         losses: One a step.
+        step_seconds: Of the steps, as far as they were timed: other work on the machine lengthens some, not the median.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "losses": self.losses}
+        return {"seconds": self.seconds, "losses": self.losses, "step_seconds": self.step_seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seconds, self.losses = state["seconds"], list(state["losses"])
+        self.step_seconds = list(state.get("step_seconds", []))
+
+    @property
+    def undisturbed_minutes(self) -> float:
+        """All steps at the median time of those that were timed: what the training takes on a machine of its own."""
+        return statistics.median(self.step_seconds) * len(self.losses) / 60
 
     def __add__(self, later: History) -> History:
         """This training and one that went on from its weights; ``restarts`` keeps (steps, rate) of what came after the first."""
@@ -83,7 +92,8 @@ class History:
             return later
         restart = [later.settings["steps"], later.settings["learning_rate"]]
         total = {"steps": self.settings["steps"] + restart[0], "restarts": [*self.settings.get("restarts", []), restart]}
-        return History(self.settings | total, self.seconds + later.seconds, self.losses + later.losses)
+        timed = self.step_seconds + later.step_seconds
+        return History(self.settings | total, self.seconds + later.seconds, self.losses + later.losses, timed)
 
     def curve(self) -> list[tuple[int, float]]:
         """(last step of the interval, mean loss over it) for at most 100 intervals."""
@@ -147,6 +157,7 @@ def fit(
         saved = time.monotonic()
         model.train()
         for step in (bar := trange(first, args.steps, initial=first, total=args.steps, desc=name, mininterval=5)):
+            began = time.monotonic()
             with accelerator.autocast():
                 loss = loss_of(model, torch.Generator().manual_seed(step))
             if not math.isfinite(loss.item()):
@@ -160,6 +171,7 @@ def fit(
             optimizer.zero_grad()
             average.step(network.parameters())
             history.losses.append(loss.item())
+            history.step_seconds.append(time.monotonic() - began)
             if step + 1 in keep_at:
                 average.store(network.parameters())
                 average.copy_to(network.parameters())
@@ -213,7 +225,7 @@ def write_training(folder: Path, network: nn.Module, history: History, **facts: 
     """Notes in ``training.json`` how a model was made; its card is written from this and from ``quality.json``."""
     document = {
         "parameters": sum(p.numel() for p in network.parameters()), **history.settings, "minutes": history.seconds / 60,
-        "loss_curve": history.curve(), **facts,
+        "undisturbed_minutes": history.undisturbed_minutes, "loss_curve": history.curve(), **facts,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "training.json").write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
