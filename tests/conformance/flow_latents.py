@@ -128,9 +128,9 @@ def kandinsky_5():
         in_visual_dim=4, in_text_dim=8, in_text_dim2=8, time_dim=8, out_visual_dim=4, patch_size=(1, 2, 2), model_dim=16, ff_dim=16,
         num_text_blocks=1, num_visual_blocks=1, axes_dims=(4, 2, 2),
     )  # fmt: skip
-    return flow(
-        "Kandinsky5T2IPipeline", transformer, autoencoder(), text=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    )
+    pipe = flow("Kandinsky5T2IPipeline", transformer, text=TWO_TEXTS)
+    pipe.resolutions = [(32, 32)]  # the class rounds to the sizes it was trained on
+    return pipe
 
 
 def kandinsky_5_call(pipe):

@@ -47,9 +47,9 @@ def t5_encoder(width=8):
     return random_weights(transformers.T5EncoderModel(config))
 
 
-def clip_vision_encoder(width=8, size=8, projection=8):
+def clip_vision_encoder(width=8, size=8, projection=8, patch=4):
     config = transformers.CLIPVisionConfig(
         hidden_size=width, projection_dim=projection, num_hidden_layers=1, num_attention_heads=2, image_size=size,
-        intermediate_size=16, patch_size=4,
+        intermediate_size=16, patch_size=patch,
     )  # fmt: skip
     return random_weights(transformers.CLIPVisionModelWithProjection(config))
