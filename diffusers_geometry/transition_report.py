@@ -204,10 +204,13 @@ class TransitionReport:
 
 
 def share(values: np.ndarray) -> Estimate:
-    """Mean of shares in [0, 1], one a parent, with Wilson's error at one standard deviation: never zero, unlike the plain one."""
-    n = len(values)
-    spread = np.var(values, ddof=1) / n if n > 1 else 0.25
-    return Estimate(float(np.mean(values)), sem=math.sqrt(spread + 1 / (4 * n**2)) / (1 + 1 / n))
+    """Mean of shares in [0, 1], one a parent; the error is that with one more parent at 0 and one at 1, so that it is never zero.
+
+    References:
+        Approximate is Better than "Exact" for Interval Estimation of Binomial Proportions (Agresti and Coull, 1998).
+    """
+    padded = np.concatenate([values, [0.0, 1.0]])
+    return Estimate(float(np.mean(values)), sem=float(padded.std(ddof=1)) / math.sqrt(len(padded)))
 
 
 def crossing(sigmas: Sequence[float], values: np.ndarray, level: float) -> float | None:

@@ -159,6 +159,8 @@ def _check(given: dict[str, Any]) -> None:
         least["branch_positions"] = 2
     elif given["branch_positions"] != "all" and not all(isinstance(k, (int, np.integer)) for k in given["branch_positions"]):
         raise ValueError(f"branch_positions={given['branch_positions']!r}. Expected a number, loop positions, or 'all'.")
+    elif not len(given["branch_positions"]):
+        raise ValueError("branch_positions is empty. Expected at least one loop position, a number of them, or 'all'.")
     for name, smallest in least.items():
         try:
             number = operator.index(given[name])
