@@ -3,53 +3,20 @@
 import json
 import math
 
-import diffusers
 import numpy as np
 import pytest
 import torch
+from behind import NO_CLIP, behind, latent, pixel, seeded
 from scipy.special import ndtr, ndtri
-from tiny import SCALED_LINEAR, ddpm_pipeline, dit_call, dit_pipeline, pixel_call, quiet, randn, sd_call, sd_pipeline
+from tiny import randn
 
 from diffusers_geometry import TransitionReport, measure_transitions, with_geometry
-from diffusers_geometry.clones import Parents, noised
 from diffusers_geometry.exact import EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
-from diffusers_geometry.restart import Restart, Schedule
-from diffusers_geometry.selfcheck import exact_network
 from diffusers_geometry.theory import clone_agreement, collapse_time_gaussian, sigma_of_time
 from diffusers_geometry.theory.transitions import clone_snr
-from diffusers_geometry.transition_report import ClassPair, covariance_spectrum, crossing, share, speciation_sigma
+from diffusers_geometry.transition_report import crossing
 
-NO_CLIP = {"clip_sample": False}
 MEAN_SQUARED, WITHIN = 16.0, 1.0
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def pixel(name, size=4, **config):
-    """A pixel pipeline whose samples have size x size numbers."""
-    return lambda **call: (
-        ddpm_pipeline(getattr(diffusers, name)(**config), size=size),
-        pixel_call(generator=seeded(), **call),
-    )
-
-
-def latent(name, **config):
-    """A Stable Diffusion pipeline whose latents have 64 numbers."""
-
-    def make(batch_size=1, **call):
-        pipe = sd_pipeline(getattr(diffusers, name)(**SCALED_LINEAR, **config))
-        return pipe, sd_call(batch_size, height=8, width=8, guidance_scale=1.0, generator=seeded(), **call)
-
-    return make
-
-
-def behind(make, exact, **call):
-    """The pipeline with an exact distribution behind it, and its call."""
-    pipe, arguments = make(**call)
-    pipe.unet = exact_network(exact, pipe.scheduler, like=pipe.unet)
-    return pipe, arguments
 
 
 def two_classes(dim):
@@ -65,103 +32,6 @@ def first_pixel(images):
 def exact_agreement(sigma, stochastic):
     snr = MEAN_SQUARED / (WITHIN + sigma**2)
     return float(clone_agreement(snr)) if stochastic else float(ndtr(math.sqrt(snr)))
-
-
-# -- Restarts ---------------------------------------------------------------------------------------
-
-LOW_ORDER = 0.08  # of 40 steps of Euler's rule, in relative error of the ends
-SOLVERS = {
-    "DDIM": (pixel("DDIMScheduler", 8, **NO_CLIP), LOW_ORDER),
-    "Euler": (latent("EulerDiscreteScheduler"), LOW_ORDER),
-    "Heun": (latent("HeunDiscreteScheduler"), 0.003),
-    "KDPM2": (latent("KDPM2DiscreteScheduler"), 0.015),
-    "LMS": (latent("LMSDiscreteScheduler"), 0.003),
-    "PNDM": (latent("PNDMScheduler", skip_prk_steps=True), 0.005),
-    "DPM++": (pixel("DPMSolverMultistepScheduler", 8), 0.02),
-    "DPM++ third order": (pixel("DPMSolverMultistepScheduler", 8, solver_order=3), 0.02),
-    "DPM singlestep": (pixel("DPMSolverSinglestepScheduler", 8, lower_order_final=True), 0.04),
-    "flow": (pixel("FlowMatchEulerDiscreteScheduler", 8), LOW_ORDER),
-    "flow Heun": (pixel("FlowMatchHeunDiscreteScheduler", 8), 0.003),
-}
-
-
-@pytest.mark.parametrize("name", SOLVERS)
-def test_every_solver_restarts_as_if_it_began_there(name):
-    """Of a Gaussian the flow from sigma to 0 multiplies a direction by sqrt(l / (l + sigma^2)), whatever came before."""
-    make, tolerance = SOLVERS[name]
-    variances = torch.tensor([4.0] * 32 + [0.25] * 32)
-    pipe, call = behind(make, GaussianDenoiser(torch.diag(variances.double())), batch_size=3, num_inference_steps=40)
-    schedule = Schedule.of(pipe, (), call)
-    parents = Parents.run(pipe, (), call, schedule.branches(6), 3)
-    for step, points in zip(parents.steps, parents.samples, strict=True):
-        restart = Restart.at(step, schedule)
-        ends, images = restart(points, parents.batch, seeded())
-        assert images is None
-        assert not restart.whole
-        gain = (variances / (variances + step.sigma**2)).sqrt()
-        found = (ends / (points / step.alpha_t)).reshape(3, 64)
-        worst = (found / gain - 1).abs().max().item()
-        assert worst < tolerance, f"sigma={step.sigma:.3g}: {worst:.3g}"
-
-
-@pytest.mark.parametrize("name", ["DDIM", "Euler", "Heun", "KDPM2", "flow"])
-def test_a_deterministic_run_taken_up_again_ends_where_it_ended(name):
-    pipe, call = SOLVERS[name][0](batch_size=2, num_inference_steps=8)
-    schedule = Schedule.of(pipe, (), call)
-    parents = Parents.run(pipe, (), call, schedule.branches("all"), 2)
-    assert len(parents.steps) == 7
-    for step, points in zip(parents.steps, parents.samples, strict=True):
-        ends, _ = Restart.at(step, schedule)(points, 2, seeded())
-        assert torch.equal(ends, parents.finished)
-
-
-def test_decoding_is_that_of_the_pipeline():
-    for pipe, call in (
-        latent("DDIMScheduler", **NO_CLIP)(2, num_inference_steps=4),
-        (dit_pipeline(), dit_call(num_inference_steps=4)),
-    ):
-        schedule = Schedule.of(pipe, (), call)
-        parents = Parents.run(pipe, (), call, schedule.branches(1), len(call.get("class_labels", "ab")))
-        images = pipe(**call | {"generator": seeded()}).images
-        parents = Parents.run(pipe, (), call | {"generator": seeded()}, schedule.branches(1), len(images))
-        decoder = Restart(parents.steps[0].drive, schedule, len(schedule.timesteps))
-        ends, decoded = decoder(parents.finished, parents.batch, seeded(), decode=True)
-        assert torch.equal(ends, parents.finished)
-        np.testing.assert_array_equal(decoded, images)
-
-
-class IndexGuided(diffusers.DDPMPipeline):
-    """A loop that weighs its network by the index of the step, as guidance windows do."""
-
-    between = 0.0
-
-    @torch.no_grad()
-    def __call__(self, batch_size=1, generator=None, num_inference_steps=8, output_type="np"):
-        x = torch.randn(batch_size, 1, 8, 8, generator=generator)
-        self.scheduler.set_timesteps(num_inference_steps)
-        timesteps = self.scheduler.timesteps
-        for i, t in enumerate(timesteps):
-            weight = 1 + (i / num_inference_steps) ** 2
-            x = self.scheduler.step(weight * self.unet(x, t).sample, t, x).prev_sample
-            x = x + self.between * torch.randn(x.shape, generator=generator)
-        return (x.numpy(),)
-
-
-def test_a_loop_that_counts_is_run_whole():
-    pipe = quiet(IndexGuided(ddpm_pipeline().unet, diffusers.DDIMScheduler(**NO_CLIP)))
-    call = {"batch_size": 2, "generator": seeded()}
-    schedule = Schedule.of(pipe, (), call)
-    parents = Parents.run(pipe, (), call, schedule.branches([2, 5]), 2)
-    restarts = [Restart.at(step, schedule) for step in parents.steps]
-    assert [r.whole for r in restarts] == [True, True]
-    for restart, points in zip(restarts, parents.samples, strict=True):
-        assert torch.equal(restart(points, 2, seeded())[0], parents.finished)
-    IndexGuided.between = 0.1
-    try:
-        with pytest.raises(RuntimeError, match="IndexGuided gives another model output when its sample is put in before step 5"):
-            Restart.at(Parents.run(pipe, (), call, [5], 2).steps[0], schedule)
-    finally:
-        IndexGuided.between = 0.0
 
 
 # -- Agreement and speciation -----------------------------------------------------------------------
@@ -335,59 +205,6 @@ def test_what_does_not_cross_is_said():
     assert "not found: agreement is within 1.000 and 1.000" in report.table()
 
 
-# -- Statistics -------------------------------------------------------------------------------------
-
-
-def test_shares_have_errors_that_cover():
-    rng = np.random.default_rng(0)
-    for truth in (0.02, 0.3, 0.9):
-        z = [((e := share(rng.random(60) < truth)).value - truth) / e.sem for _ in range(400)]
-        assert 0.75 < math.sqrt(np.mean(np.square(z))) < 1.1
-    assert share(np.ones(50)).sem == pytest.approx(1 / 52)
-
-
-def test_crossings_of_the_closed_form():
-    sigmas = np.geomspace(0.5, 30, 9)[::-1]
-    values = np.array([exact_agreement(s, True) for s in sigmas])
-    for level in (0.6, 0.8, 0.9):
-        assert crossing(sigmas, values, level) == pytest.approx(math.sqrt(MEAN_SQUARED / clone_snr(level) - WITHIN), rel=0.02)
-    assert crossing([math.inf, *sigmas], np.array([0.5, *values]), 0.8) == crossing(sigmas, values, 0.8)
-    assert crossing(sigmas, values, 0.4) is None
-    assert crossing(sigmas, np.ones(9), 0.8) is None
-
-
-def test_the_error_of_speciation_covers():
-    """40 experiments of 100 parents: deviations from the truth are as large as the bootstrap says."""
-    sigmas, rng = np.geomspace(0.5, 30, 9), np.random.default_rng(0)
-    chances = np.array([exact_agreement(s, True) for s in sigmas])
-    truth = crossing(sigmas, chances, 0.8)
-    found = [speciation_sigma(sigmas, rng.random((100, 9)) < chances, 0.8, num_resamples=100) for _ in range(40)]
-    z = [(f.value - truth) / f.sem for f in found]
-    assert 0.7 < math.sqrt(np.mean(np.square(z))) < 1.35
-
-
-def test_pairs_of_classes_in_many_dimensions():
-    """Means of few samples in 200 dimensions lie too far apart; the excess is taken off, and errors cover what is left."""
-    truth, z = math.sqrt(MEAN_SQUARED / clone_snr(0.8) - WITHIN), []
-    for seed in range(40):
-        x = randn(80, 200, seed=seed).double()
-        x[:, 0] += torch.tensor([4.0, -4.0]).repeat(40)
-        pair = ClassPair.between((0, 1), x[::2], x[1::2], 0.8, True)
-        z.append((pair.sigma.value - truth) / pair.sigma.sem)
-    assert abs(np.mean(z)) < 3 / math.sqrt(40) + 0.5
-    assert math.sqrt(np.mean(np.square(z))) < 1.5
-    near = ClassPair.between((0, 1), *randn(80, 5).split(40), 0.8, True)
-    assert near.sigma is None
-
-
-def test_top_eigenvalues_have_errors():
-    scales = torch.tensor([3.0, 1.0, 0.5])
-    found = [covariance_spectrum(randn(200, 3, seed=s) * scales)[1] for s in range(40)]
-    z = [(e.value - 9) / e.sem for e in found]
-    assert 0.7 < math.sqrt(np.mean(np.square(z))) < 1.4
-    np.testing.assert_allclose(covariance_spectrum(torch.tensor([[1.0, 0], [-1, 0]]))[0], [2, 0], atol=1e-12)
-
-
 # -- Bad input --------------------------------------------------------------------------------------
 
 
@@ -467,13 +284,3 @@ def test_images_are_encoded_for_latent_models():
     expected = measure_transitions(pipe, **call | {"generator": seeded()}, **options, data=latents)
     assert report.collapse == expected.collapse
     assert report.settings["num_examples"] == 5
-
-
-def test_u_turns_noise_as_the_scheduler_does():
-    pipe, call = pixel("DDPMScheduler", **NO_CLIP)(batch_size=2, num_inference_steps=6)
-    schedule = Schedule.of(pipe, (), call)
-    step = Parents.run(pipe, (), call, schedule.branches([3]), 2).steps[0]
-    x_0 = randn(2, 1, 4, 4, seed=9)
-    epsilon = torch.randn(2, 1, 4, 4, generator=seeded(4))
-    expected = pipe.scheduler.add_noise(x_0, epsilon, schedule.timesteps[3])
-    torch.testing.assert_close(noised(x_0, step.level, seeded(4)), expected, rtol=1e-5, atol=1e-6)
