@@ -315,7 +315,7 @@ def test_a_relu_decoder_is_exact():
 
 @pytest.mark.parametrize("name", ["DDPM", "SD-DDIM"])
 def test_recorded_denoisers(name):
-    """A recorded step's map is counted like any other; the pipeline's own loop, which vmap refuses, counts the same."""
+    """A recorded step's map is counted like any other; the pipeline's own loop counts the same as replay, and is left as it was."""
     make, call, _ = PIPELINES[name]
     found = {}
     for engine in ("replay", "drive"):
@@ -324,7 +324,10 @@ def test_recorded_denoisers(name):
             pipe(**call(), generator=seeded(0))
         step = recording[0]
         fn = step.denoiser.select(0).canonical_map("denoised")
+        before = fn(step.sample[:1])
         found[engine] = local_complexity(fn, step.sample[:1], 0.1 * step.sigma_t, num_draws=1)
+        assert torch.equal(fn(step.sample[:1]), before)
+        assert step.engine == engine
     assert found["replay"].value.item() > 20
     assert torch.equal(found["replay"].counts, found["drive"].counts)
     branches = 2 if name == "SD-DDIM" else 1

@@ -113,6 +113,7 @@ def test_a_relu_generator():
         assert found.spectrum.method == ("golub_kahan" if options else "dense")
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_the_decoder_of_a_vae():
     net, z = vae(), randn(4, 4, 4)
     found = generator_geometry(lambda z: net.decode(z).sample, z, 0.1, num_singular_values=5)
