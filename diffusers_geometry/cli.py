@@ -118,6 +118,35 @@ def plan(
     print(json.dumps(planned.rows(), indent=1, allow_nan=False) if as_json else planned.table())
 
 
+@app.command()
+def transitions(
+    model: Model = None,
+    prompt: Prompt = None,
+    class_label: ClassLabel = None,
+    steps: Steps = 100,
+    seed: Seed = 0,
+    call: Call = None,
+    data: Annotated[Path | None, typer.Option(help="Examples, .npy or .safetensors: adds recall and collapse.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="Examples that the model has not seen, likewise.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the report and the figure.")] = Path("transitions"),
+    parents: Annotated[int, typer.Option(help="Runs that clones are made of.")] = 64,
+    clones: Annotated[int, typer.Option(help="Clones of a run at every position.")] = 4,
+    positions: Annotated[str, typer.Option(help="How many positions to branch at, 'all', or positions such as 10,40,90.")] = "8",
+    clusters: Annotated[int, typer.Option(help="Clusters of samples that stand for classes.")] = 2,
+    agreement: Annotated[float, typer.Option(help="Agreement of clones that defines speciation.")] = 0.8,
+    batch: Annotated[int, typer.Option(help="Runs at once.")] = 64,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Measure from which noise on a generation has its class (speciation), and from which it recites an example (collapse)."""
+    given = locals()
+    from .cli_transitions import transitions_of
+
+    _check_writable(output)
+    print(transitions_of(*_load(given), given))
+
+
 def _probe_options(given: dict[str, Any]) -> dict[str, Any]:
     """The analysis's own arguments from the options of a command."""
     memory = given["max_memory"]

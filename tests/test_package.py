@@ -62,6 +62,7 @@ HOST = [
     "vector",
     "selfcheck",
     "loading",
+    "cli_transitions",
     "cli",
 ]
 STREET = NUMERICAL + HOST
