@@ -22,7 +22,7 @@ from .capture import record
 from .estimate import Estimate
 from .exact import EmpiricalDenoiser
 from .recorded_step import RecordedStep
-from .restart import Restart
+from .restart import Restart, Schedule
 from .schedule import NoiseLevel
 from .transition_report import share
 
@@ -44,7 +44,7 @@ class Parents:
     batch: int
 
     @classmethod
-    def run(cls, pipe: Any, args: tuple, kwargs: dict, positions: list[int], count: int) -> Parents:
+    def run(cls, pipe: Any, args: tuple, kwargs: dict, schedule: Schedule, positions: list[int], count: int) -> Parents:
         """As many plain calls as make ``count`` runs.
 
         Raises:
@@ -52,7 +52,7 @@ class Parents:
         """
         steps, samples, finished = [], [[] for _ in positions], []
         while sum(map(len, finished)) < count:
-            with record(pipe, positions, engine="drive") as recording:
+            with record(pipe, [k - schedule.first for k in positions], engine="drive") as recording:
                 pipe(*args, **kwargs)
             recording.check_complete()
             if finished and torch.equal(recording[0].sample, samples[0][-1]):

@@ -62,30 +62,33 @@ class Schedule:
         return cls(torch.as_tensor(scheduler.timesteps).clone(), step.index, order, shape)
 
     def branches(self, positions: int | Sequence[int] | str) -> list[int]:
-        """Positions to branch at: spread over the run after its first step, or the given ones (negative from the end).
+        """Loop positions to branch at.
+
+        Args:
+            positions: How many (spread over the run after its first step), which ones, counted from the run's first step or
+                from the end (as :func:`~.capture.record` counts), or "all".
 
         Raises:
             ValueError: a position at which no run can branch, with those at which it can.
         """
-        total = len(self.timesteps)
-        possible = [k for k in range(self.first + 1, total) if (k - self.first) % self.order == 0]
+        total = len(self.timesteps) - self.first
+        possible = list(range(self.order, total, self.order))
         if self.order == 1:  # PNDM visits its second level twice
-            possible = [k for k in possible if self.timesteps[k] != self.timesteps[k - 1]]
+            possible = [k for k in possible if self.timesteps[self.first + k] != self.timesteps[self.first + k - 1]]
         if not possible:
-            raise ValueError(
-                f"the run has {total - self.first} steps. Expected at least {self.order + 1}, to branch after the first."
-            )
+            raise ValueError(f"the run has {total} steps. Expected at least {self.order + 1}, to branch after the first.")
         if positions == "all":
-            return possible
-        if isinstance(positions, int):
-            return [possible[i] for i in sorted({round(i) for i in np.linspace(0, len(possible) - 1, positions)})]
-        wanted = [k + total if k < 0 else k for k in positions]
-        if outside := [k for k in wanted if k not in possible]:
-            steps = f" in steps of {self.order}" if self.order > 1 else ""
-            raise ValueError(
-                f"branch_positions={list(positions)} has {outside}. Expected from {possible[0]} to {possible[-1]}{steps}."
-            )
-        return sorted(set(wanted))
+            wanted = possible
+        elif isinstance(positions, int):
+            wanted = [possible[round(i)] for i in np.linspace(0, len(possible) - 1, positions)]
+        else:
+            wanted = [k + total if k < 0 else k for k in positions]
+            if outside := [k for k in wanted if k not in possible]:
+                steps = f" in steps of {self.order}" if self.order > 1 else ""
+                raise ValueError(
+                    f"branch_positions={list(positions)} has {outside}. Expected from {possible[0]} to {possible[-1]}{steps}."
+                )
+        return sorted({self.first + k for k in wanted})
 
 
 class Restart:
@@ -233,8 +236,9 @@ def _decoded(output: Any, batch: int, pipeline_class: type) -> Tensor | np.ndarr
     if isinstance(found, (list, tuple)) and len(found) and all(hasattr(image, "mode") for image in found):
         found = np.stack([np.asarray(image) for image in found])
     if not isinstance(found, (Tensor, np.ndarray)) or len(found) != batch:
+        said = f"shape {tuple(found.shape)}" if hasattr(found, "shape") else type(found).__name__
         raise ValueError(
-            f"{pipeline_class.__name__} returned {type(found).__name__} for {batch} samples. Expected one tensor or array with "
+            f"{pipeline_class.__name__} returned {said} for {batch} samples. Expected one tensor or array with "
             f"{batch} rows to classify; pass output_type='np' or 'pt', or leave classify out to compare clusters of samples."
         )
     return found

@@ -93,7 +93,7 @@ def measure_transitions(
         unseen = as_samples(pipe, held_out, schedule.shape, "held_out")
         collapse["held_out"] = held_out_collapse(held_out_errors(pipe, args, kwargs, unseen, generator), samples)
 
-    parents = Parents.run(pipe, args, kwargs, positions, num_parents)
+    parents = Parents.run(pipe, args, kwargs, schedule, positions, num_parents)
     restarts = [Restart.at(step, schedule) for step in parents.steps]
     stochastic = _draws_noise(restarts[0], parents, generator)
     gesture = _gesture(gesture, stochastic, pipe)

@@ -66,6 +66,8 @@ def test_agreement_of_two_classes_is_the_closed_form(name):
     ]
     assert len(z) >= 7
     assert max(map(abs, z)) < 3, z
+    expected = [exact_agreement(sigma, stochastic) for sigma in report.sigmas]
+    np.testing.assert_allclose(report.predicted_agreement, expected, atol=0.015)  # the two forms are up to 0.09 apart
     snr = clone_snr(0.8) if stochastic else ndtri(0.8) ** 2
     exact = math.sqrt(MEAN_SQUARED / snr - WITHIN)
     assert report.speciation.sem < 0.1 * exact
