@@ -51,6 +51,10 @@ def controlnet():
     )  # fmt: skip
 
 
+def controlled():
+    return unchecked("StableDiffusionControlNetPipeline", controlnet=controlnet())
+
+
 def adapter():
     return random_weights(
         diffusers.T2IAdapter(in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter")
@@ -136,8 +140,10 @@ CASES = (
          inpaint_call, TWO, "task", "mask and picture in channels"),
     Case("StableDiffusionInpaintPipeline four channels", lambda: unchecked("StableDiffusionInpaintPipeline"),
          inpaint_call, TWO, "task", "the known part put back"),
-    Case("StableDiffusionControlNetPipeline", lambda: unchecked("StableDiffusionControlNetPipeline", controlnet=controlnet()),
+    Case("StableDiffusionControlNetPipeline", controlled,
          lambda pipe: text_to_image(image=image()), TWO, "task", "a second network sees the sample"),
+    Case("StableDiffusionControlNetPipeline first half", controlled,
+         lambda pipe: text_to_image(image=image(), control_guidance_end=0.5), TWO, "task", "the loop counter ends the control"),
     Case("StableDiffusionAdapterPipeline", with_adapter,
          lambda pipe: text_to_image(image=image()), TWO, "task", "features of a picture added"),
     Case("StableDiffusionInstructPix2PixPipeline", lambda: unchecked("StableDiffusionInstructPix2PixPipeline", in_channels=8),

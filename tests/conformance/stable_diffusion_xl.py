@@ -22,8 +22,8 @@ def xl_unet(in_channels=4, numbers=6):
 
 def xl(name, in_channels=4, scheduler=None, numbers=6, force_upcast=False, **components):
     return pipeline(
-        name, vae=autoencoder(force_upcast=force_upcast), text_encoder=None, text_encoder_2=clip_text_encoder(projected=True), tokenizer=None,
-        tokenizer_2=None, unet=xl_unet(in_channels, numbers),
+        name, vae=autoencoder(force_upcast=force_upcast), text_encoder=None, tokenizer=None, tokenizer_2=None,
+        text_encoder_2=clip_text_encoder(projected=True), unet=xl_unet(in_channels, numbers),
         scheduler=scheduler or diffusers.EulerDiscreteScheduler(**SCALED_LINEAR), **components,
     )  # fmt: skip
 

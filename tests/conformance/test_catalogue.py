@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from catalogue import CASES, class_name
+from oracle import own_loop_output
 
 BUILT = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -53,6 +54,26 @@ def test_further_schedulers_are_admitted(case):
         pipe = case.build()
         pipe.scheduler = make(pipe)
         assert np.isfinite(call(pipe, case)).all()
+
+
+def test_the_oracle_gives_the_run_itself_and_refuses_a_moved_sample():
+    """At the run's own sample the oracle is the run; it says so when a pipeline moves the sample between two steps."""
+    by_name = {case.name: case for case in CASES}
+    case, moving = by_name["StableDiffusionPipeline"], by_name["StableDiffusionInpaintPipeline four channels"]
+    pipe, seen = case.build(), []
+    original = pipe.scheduler.step
+    pipe.scheduler.step = lambda output, t, x, **options: seen.append((output, x)) or original(output, t, x, **options)
+    call(pipe, case)
+    del pipe.scheduler.step
+    for position in (1, 3):
+        model_output, sample = seen[position]
+        assert torch.equal(own_loop_output(pipe, case.arguments(pipe), position, sample.clone()), model_output)
+    assert not torch.equal(own_loop_output(pipe, case.arguments(pipe), 1, seen[1][1] + 0.1), seen[1][0])
+    inpainting = moving.build()
+    with pytest.raises(RuntimeError, match="changed the sample between"):
+        own_loop_output(inpainting, moving.arguments(inpainting), 1, torch.zeros(1, 4, 4, 4))
+    with pytest.raises(ValueError, match="position=0"):
+        own_loop_output(pipe, case.arguments(pipe), 0, seen[0][1])
 
 
 def denoiser_name(pipe):

@@ -65,7 +65,7 @@ def mochi():
     vae = diffusers.AutoencoderKLMochi(
         latent_channels=12, encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(32,) * 4, layers_per_block=(1,) * 5
     )
-    return flow("MochiPipeline", transformer, random_weights(vae))
+    return flow("MochiPipeline", transformer, random_weights(vae), flow_scheduler(invert_sigmas=True))
 
 
 def mochi_call(pipe):
@@ -110,7 +110,7 @@ CASES = (
     Case("WanPipeline two networks", wan_of_two, lambda pipe: embeddings(**CLIP), family="video", note="one network at high noise"),
     Case("LTXPipeline", ltx, ltx_call, FLOW_SIGMAS[:1], "video", "packed latents"),
     Case("LTXPipeline rescaled", ltx, lambda pipe: ltx_call(pipe, guidance_rescale=0.7), (), "video", "guidance rescaled"),
-    Case("MochiPipeline", mochi, mochi_call, (), "video", "prediction negated by the network's convention"),
+    Case("MochiPipeline", mochi, mochi_call, (lambda pipe: flow_scheduler(),), "video", "sigmas inverted: from zero to one"),
     Case("HunyuanVideoPipeline", hunyuan_video, lambda pipe: without(hunyuan_video_call(pipe), "negative_prompt_embeds"), (),
          "video", "embedded guidance"),
     Case("HunyuanVideoPipeline true CFG", hunyuan_video, lambda pipe: hunyuan_video_call(pipe, true_cfg_scale=3.0), (), "video",
