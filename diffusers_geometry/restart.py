@@ -79,7 +79,7 @@ class Schedule:
             raise ValueError(f"the run has {total} steps. Expected at least {self.order + 1}, to branch after the first.")
         if positions == "all":
             wanted = possible
-        elif isinstance(positions, int):
+        elif isinstance(positions, (int, np.integer)):
             wanted = [possible[round(i)] for i in np.linspace(0, len(possible) - 1, positions)]
         else:
             wanted = [k + total if k < 0 else k for k in positions]

@@ -123,9 +123,8 @@ def plot_transitions(report: TransitionReport, path: str | os.PathLike | None = 
     shown = np.isfinite(sigmas)
     figure = Figure(figsize=(9, 8 if report.recall else 4.8), layout="constrained")
     panels = figure.subplots(2 if report.recall else 1, 1, sharex=True, squeeze=False)[:, 0]
-    _draw_estimates(
-        panels[0], sigmas, report.agreement, shown, "#1f78b4", f"measured, {report.gesture.replace('_', '-')}s (± 2 s.e.)"
-    )
+    made = {"clones": "clones", "u_turn": "U-turns"}[report.gesture]
+    _draw_estimates(panels[0], sigmas, report.agreement, shown, "#1f78b4", f"measured, {made} (± 2 s.e.)")
     if report.predicted_agreement is not None:
         grid = np.geomspace(sigmas[shown].min(), sigmas[shown].max(), 200)
         panels[0].plot(grid, report.closed_form(grid), color="#333333", linewidth=1, label="closed form of the two classes")
@@ -144,7 +143,7 @@ def plot_transitions(report: TransitionReport, path: str | os.PathLike | None = 
     for axes in panels:
         axes.set_ylim(-0.03, 1.05)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, loc="center left" if axes is panels[0] else "upper left")
+        axes.legend(fontsize=8, loc="lower right" if axes is panels[0] else "upper left")
     panels[0].set_xscale("log")
     panels[0].invert_xaxis()
     panels[-1].set_xlabel("noise σ (generation runs to the right)")

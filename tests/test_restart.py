@@ -27,6 +27,8 @@ SOLVERS = {
     "PNDM": (latent("PNDMScheduler", skip_prk_steps=True), 0.005),
     "DPM++": (pixel("DPMSolverMultistepScheduler", 8), 0.02),
     "DPM++ third order": (pixel("DPMSolverMultistepScheduler", 8, solver_order=3), 0.02),
+    "UniPC": (latent("UniPCMultistepScheduler"), 0.05),
+    "DEIS": (latent("DEISMultistepScheduler"), 0.03),
     "DPM singlestep": (pixel("DPMSolverSinglestepScheduler", 8, lower_order_final=True), 0.04),
     "flow": (pixel("FlowMatchEulerDiscreteScheduler", 8), LOW_ORDER),
     "flow Heun": (pixel("FlowMatchHeunDiscreteScheduler", 8), 0.003),
