@@ -67,6 +67,9 @@ def write_card(name: str, training: dict[str, Any], quality: dict[str, Any], fol
     library = "diffusers_geometry" if pipeline.startswith("Geometry") else "diffusers"
     parts = {"DDPMPipeline": _pixels, "GeometryVectorPipeline": _manifold}.get(pipeline, _guided)(name, quality)
     restarts = "".join(f", {steps:,} of them from {rate:g} again" for steps, rate in training.get("restarts", []))
+    if training.get("shaping"):
+        restarts += f", {training['shaping']}"
+    alone = f", {training['undisturbed_minutes']:.0f} at the median time of its steps" if "undisturbed_minutes" in training else ""
     text = f"""---
 library_name: {library}
 pipeline_tag: {TASKS.get(pipeline, "unconditional-image-generation")}
@@ -81,7 +84,7 @@ tags: [{name}, diffusers_geometry]
 * **Data** {data}.
 * **Training** `examples/zoo/{script}`: {training["steps"]:,} steps of batch {training["batch"]}, AdamW, cosine decay from
   {training["learning_rate"]:g}{restarts}, {PRECISION[training["mixed_precision"]]}, exponential moving average 0.999, seed 0;
-  {training["minutes"]:.0f} minutes of wall-clock time ({training["device"]}, {training["threads"]} torch threads).
+  {training["minutes"]:.0f} minutes of wall-clock time ({training["device"]}, {training["threads"]} torch threads){alone}.
 
 ![loss](loss.png)
 

@@ -18,7 +18,7 @@ from training import History, argument_parser, finish, fit, write_training
 
 BATCH = 64
 # Steps, the rate from which a cosine falls, and the share of a batch that is kept for the levels where the image takes shape.
-STAGES = {"mnist": ((2000, 1e-3, 0.0), (1500, 6e-4, 0.0), (3200, 1e-3, 0.5)), "emoji": ((2000, 1e-3, 0.0),)}
+STAGES = {"mnist": ((2000, 1e-3, 0.0), (1500, 6e-4, 0.0), (3200, 1e-3, 0.5), (2000, 6e-4, 0.5)), "emoji": ((2000, 1e-3, 0.0),)}
 SHAPING = (80, 680)  # timesteps: sigma / alpha from 0.27 to 10
 
 
@@ -65,7 +65,9 @@ def main() -> None:
         options = {"trained_on": [images], "learning_rate": rate, "mixed_precision": "bf16"}
         history += fit(unet, partial(loss_of, shaping=shaping), name if number == 1 else f"{name}-{number}", stage, **options)
     folder = args.output / name
-    write_training(folder, unet, history, batch=BATCH)
+    shaped = sum(steps for steps, _, shaping in STAGES[args.data] if shaping)
+    facts = {"shaping": f"in the last {shaped:,} half of a batch from timesteps {SHAPING[0]} to {SHAPING[1]}"} if shaped else {}
+    write_training(folder, unet, history, batch=BATCH, **facts)
     save_pipeline(DDPMPipeline(unet, scheduler), folder)
 
 
