@@ -3,7 +3,7 @@
 **Speciation.** Clones agree with probability E sum_c p(c | x_k)^2, c the class of their end. For two equally likely classes at
 +-mu with variance v inside, along mu, that is phi(a), a = |mu|^2 / (v + sigma^2) (:func:`~.theory.clone_agreement`; George et al.,
 arXiv:2502.04339). A U-turn with a stochastic sampler returns to the class of its start with the same probability. A deterministic
-sampler ends in the likeliest class of x_k instead, and returns with probability E max_c p(c | x_k), which is Phi(sqrt(a)).
+sampler always takes one x_k to one end, of two such classes the likelier, and returns with probability Phi(sqrt(a)) >= phi(a).
 The speciation sigma is where the agreement falls to a chosen level: the agreements are made monotone by isotonic regression and
 joined by a monotone cubic in log sigma, and its error is that of a bootstrap over the parents.
 
