@@ -16,9 +16,12 @@ _HOME = {
     "GeometryDDIMPipeline": "mixin",
     "GeometryDDPMPipeline": "mixin",
     "GeometryDiTPipeline": "mixin",
+    "GeometryDataset": "dataset",
     "GeometryFluxPipeline": "mixin",
+    "GeometryGuidance": "guidance",
     "GeometryMixin": "mixin",
     "GeometryPixArtAlphaPipeline": "mixin",
+    "GeometryReward": "reward",
     "GeometryStableDiffusion3Pipeline": "mixin",
     "GeometryStableDiffusionPipeline": "mixin",
     "GeometryStableDiffusionXLPipeline": "mixin",
@@ -32,6 +35,7 @@ _HOME = {
     "estimate_trace": "stochastic",
     "golub_kahan_spectrum": "golub_kahan",
     "measure_transitions": "transitions",
+    "guided": "guidance",
     "record": "capture",
     "with_geometry": "mixin",
 }
@@ -40,9 +44,12 @@ __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from .capture import record as record
+    from .dataset import GeometryDataset as GeometryDataset
     from .denoiser import Denoiser as Denoiser
     from .estimate import Estimate as Estimate
     from .golub_kahan import golub_kahan_spectrum as golub_kahan_spectrum
+    from .guidance import GeometryGuidance as GeometryGuidance
+    from .guidance import guided as guided
     from .jacobian import Jacobian as Jacobian
     from .mixin import GeometryDDIMPipeline as GeometryDDIMPipeline
     from .mixin import GeometryDDPMPipeline as GeometryDDPMPipeline
@@ -54,6 +61,7 @@ if TYPE_CHECKING:
     from .mixin import GeometryStableDiffusionPipeline as GeometryStableDiffusionPipeline
     from .mixin import GeometryStableDiffusionXLPipeline as GeometryStableDiffusionXLPipeline
     from .mixin import with_geometry as with_geometry
+    from .reward import GeometryReward as GeometryReward
     from .spectrum import Spectrum as Spectrum
     from .spectrum import dense_spectrum as dense_spectrum
     from .stochastic import estimate_trace as estimate_trace

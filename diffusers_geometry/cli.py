@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .loading import UsageError, call_arguments, load_pipeline, one_line
+from .cli_reward import register
+from .loading import UsageError, call_arguments, check_writable, load_pipeline, one_line
 
 if TYPE_CHECKING:
     from .trajectory import GeometryTrace
@@ -79,7 +79,7 @@ def analyze(
 ) -> None:
     """Generate once and print what the score's Jacobian does at the recorded steps."""
     options = _probe_options(locals())
-    _check_writable(output)
+    check_writable(output)
     pipe, arguments = _load(locals())
     trace = pipe.analyze_geometry(**arguments, **options)
     trace.save_pretrained(output, figure="geometry.png")
@@ -119,6 +119,27 @@ def plan(
 
 
 @app.command()
+def selfcheck(
+    model: Model = None,
+    prompt: Prompt = None,
+    class_label: ClassLabel = None,
+    steps: Steps = 20,
+    seed: Seed = 0,
+    call: Call = None,
+    dtype: Dtype = "float32",
+    device: Device = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Put a manifold of known geometry behind the model's pipeline and scheduler, and compare what is measured (status 1 if wrong)."""
+    from .selfcheck import selfcheck as check
+
+    pipe, arguments = _load(locals())
+    result = check(pipe, **arguments)
+    print(json.dumps(result.rows(), indent=1) if as_json else result.table())
+    raise typer.Exit(0 if result else 1)
+
+
+@app.command()
 def transitions(
     model: Model = None,
     prompt: Prompt = None,
@@ -143,7 +164,7 @@ def transitions(
     given = locals()
     from .cli_transitions import transitions_of
 
-    _check_writable(output)
+    check_writable(output)
     print(transitions_of(*_load(given), given))
 
 
@@ -174,17 +195,6 @@ def _record_steps(text: str) -> int | list[int] | str:
             f"--record-steps {text!r} is not a choice of steps. Expected a number, 'all', or positions 0,10,49."
         ) from None
     return numbers[0] if "," not in text else numbers
-
-
-def _check_writable(folder: Path) -> None:
-    """Refuses an output folder that cannot be written, before anything is computed; creates nothing."""
-    existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
-    try:
-        if not existing.is_dir():
-            raise NotADirectoryError(f"{existing} is not a folder")
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        raise UsageError(f"cannot write to --output {folder}: {one_line(error)}. Expected a folder that can be written.") from None
 
 
 def _document(trace: GeometryTrace, output: Path) -> dict[str, Any]:
@@ -263,6 +273,9 @@ def _with_sem(row: dict[str, Any], name: str) -> str:
 
 def _number(value: float | None, layout: str, missing: str = "-") -> str:
     return missing if value is None else format(value, layout)
+
+
+register(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,17 @@ def _literal(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
+
+
+def check_writable(folder: Path) -> None:
+    """Refuses an output folder that cannot be written, before anything is computed; creates nothing."""
+    existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError(f"{existing} is not a folder")
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise UsageError(f"cannot write to --output {folder}: {one_line(error)}. Expected a folder that can be written.") from None
 
 
 def one_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 
 from .analyze import analyze_geometry, plan_geometry
+from .guidance import GeometryGuidance, guided
 from .transitions import measure_transitions
 
 GEOMETRY_PIPELINES = {
@@ -26,11 +27,16 @@ GEOMETRY_PIPELINES = {
 
 
 class GeometryMixin:
-    """Adds ``analyze_geometry`` and ``plan_geometry`` to a diffusers pipeline class; name it first among the bases."""
+    """Adds analysis, its plan, transitions and guided generation to a diffusers pipeline class; name it first among the bases."""
 
     analyze_geometry = analyze_geometry
     plan_geometry = plan_geometry
     measure_transitions = measure_transitions
+
+    def generate_with_geometry(self, /, *args: Any, guidance: GeometryGuidance, **kwargs: Any) -> Any:
+        """``self(*args, **kwargs)`` steered by ``guidance``, see :func:`~.guidance.guided`; the pipeline's own output."""
+        with guided(self, guidance):
+            return self(*args, **kwargs)
 
     def to_json_string(self) -> str:
         """The configuration as JSON, under the name of the plain pipeline class."""
