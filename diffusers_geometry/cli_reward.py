@@ -38,6 +38,9 @@ def train_reward(
     spectrum: Annotated[str, typer.Option(help="auto, dense, golub_kahan or randomized.")] = "auto",
     batch_size: Annotated[int, typer.Option(help="Generations at once.")] = 16,
     head: Annotated[str, typer.Option(help="bins (per noise level) or value.")] = "bins",
+    trunk: Annotated[
+        str, typer.Option(help="network (a copy of the model's encoder), small, or auto: network if it can.")
+    ] = "auto",
     train_steps: Annotated[int, typer.Option(help="Optimiser steps, at most.")] = 4000,
     plan_only: Annotated[bool, typer.Option("--plan", help="Only say what the labels would cost.")] = False,
     max_seconds: Annotated[float | None, typer.Option(help="Refuse labels that would take longer.")] = None,
@@ -48,6 +51,8 @@ def train_reward(
     """Label what a model generates with the psi of its denoiser, and train a reward on it; run again to continue after a stop."""
     from .dataset import DatasetRequest, generate_dataset, plan_dataset
 
+    if trunk not in ("auto", "network", "small"):
+        raise UsageError(f"--trunk {trunk!r} is not known. Expected auto, network or small.")
     check_writable(output)
     pipe, arguments = _loaded(model, class_label, steps, 0, call, dtype, device, prompts)
     pipe.set_progress_bar_config(disable=True)
@@ -60,24 +65,28 @@ def train_reward(
     if plan_only:
         return
     generate_dataset(pipe, output / "labels", request, max_seconds=max_seconds)
-    _train(model, output, descriptor, head, train_steps)
+    _train(pipe, model, output, trunk, {"descriptor": descriptor, "head": head}, train_steps)
 
 
-def _train(model: str | None, output: Path, descriptor: str, head: str, train_steps: int) -> None:
+def _train(pipe: Any, model: str | None, output: Path, trunk: str, config: dict[str, str], train_steps: int) -> None:
     from accelerate import PartialState
 
     from .dataset import GeometryDataset
     from .reward_card import save_reward
     from .reward_training import TrainingOptions
     from .reward_training import train_reward as train
+    from .reward_trunks import can_start_from
 
     parts, options = (
         [GeometryDataset(output / "labels", split) for split in ("train", "held_out")],
         TrainingOptions(steps=train_steps),
     )
-    reward, metrics = train(*parts, descriptor=descriptor, head=head, options=options, checkpoint=output / "checkpoint")
+    copied = trunk == "network" or (trunk == "auto" and can_start_from(getattr(pipe, "unet", None)))
+    start_from = pipe if copied else None
+    reward, metrics = train(*parts, options=options, start_from=start_from, checkpoint=output / "checkpoint", **config)
     if PartialState().is_main_process:
         made_of = {"model": model or "the bundled digits", "scheduler": parts[0].manifest["model"]["scheduler"]["class"]}
+        made_of |= {"trunk": "a copy of the model's encoder" if copied else "small, its own"}
         save_reward(reward, metrics, output, made_of=made_of)
         shutil.rmtree(output / "checkpoint", ignore_errors=True)
         print(
