@@ -43,8 +43,8 @@ larger t) than the theory of infinite dimension says, by a share below 3/p, and 
 backward runs agree as often as the closed form says. For the trained digits the information from unseen images falls to log n near
 the noise at which the exact score of their training set collapses, below that of a Gaussian of their covariance, which bounds the
 true information. At high noise the estimate lies above that bound: a network's error there exceeds that of the posterior mean.
-Clones of the trained digits agree to 0.8 near the noise at which theory parts the closest pair of digits; the square root of the top
-eigenvalue, the quick prediction, is about twice that. At the collapse of the exact score U-turns of the trained model return to
+Clones of the trained digits agree to 0.8 near the noise at which theory parts the closest pair of digits; the square root of the
+top eigenvalue, the quick prediction, is about twice that. At the collapse of the exact score U-turns of the trained model return to
 their training image less than half as often as that score would: it has not memorised its images one by one."""
 SIZES = ((4, 64), (8, 64), (8, 512), (8, 4096), (16, 512), (16, 4096))
 RATIO = 0.52  # 2 alpha / beta = 2 log(n) / p of the extrapolation
