@@ -113,7 +113,7 @@ class TransitionReport:
 
     @property
     def predicted_agreement(self) -> list[float] | None:
-        """The closed form at every position where there are two classes, taken as equally likely; None otherwise."""
+        """The closed form at every position for two classes, taken as equally likely and Gaussian; None for more of them."""
         if len(self.pairs) != 1:
             return None
         return [float(v) for v in self.closed_form(np.array(self.sigmas))]
