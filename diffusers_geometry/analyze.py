@@ -15,12 +15,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import __version__
-from .capture import record
+from .budget import SpectrumMethod, plan_probe
+from .capture import Recording, record
 from .denoiser import UNITS, Map
 from .jacobian import Derivative
-from .plan import GeometryPlan, SpectrumMethod, choose_within_limits, plan_probe, plan_recording
+from .plan import GeometryPlan, choose_within_limits, plan_recording
 from .precision import to_float32
-from .probe import PointGeometry, Probe
+from .probe import PointGeometry, Probe, ProbePlan
 from .recorded_step import Branch, Engine, RecordedStep
 from .settings import checked_settings, probe_request
 from .step_geometry import BatchEstimate, StepGeometry
@@ -108,6 +109,15 @@ def analyze_geometry(
         recording.before_first = functools.partial(_refuse_early, request, settings)
         output = pipe(*args, **kwargs)
     recording.check_complete()
+    with torch.inference_mode(False):  # whatever mode the pipeline was called in
+        steps, plan = _probed(recording, settings, request, progress)
+    return GeometryTrace(tuple(steps), settings | {"plan": plan.as_dict(), "units": UNITS[of]} | _provenance(pipe), _images(output))
+
+
+def _probed(
+    recording: Recording, settings: dict[str, Any], request: dict[str, Any], progress: bool
+) -> tuple[list[StepGeometry], ProbePlan]:
+    """The geometry of every recorded step, and the plan by which it was taken."""
     sizes = {len(step.sample) for step in recording}
     if len(sizes) != 1:
         raise ValueError(f"the recorded steps carry {sorted(sizes)} samples. Expected one batch size throughout the run.")
@@ -115,7 +125,7 @@ def analyze_geometry(
     probe, steps = Probe(plan), []
     for step in tqdm(recording, desc="geometry", unit="step", disable=not progress):
         steps.append(_step_geometry(step, _probe_batch(probe, step, recording.final_sample, settings), settings))
-    return GeometryTrace(tuple(steps), settings | {"plan": plan.as_dict(), "units": UNITS[of]} | _provenance(pipe), _images(output))
+    return steps, plan
 
 
 def plan_geometry(pipe: Any, /, *args: Any, **kwargs: Any) -> GeometryPlan:
@@ -200,17 +210,19 @@ def _step_geometry(step: RecordedStep, found: list[PointGeometry], settings: dic
 
 def _images(output: Any) -> Any:
     """What the pipeline made: images, frames, audio or vectors, or the first item of a tuple."""
-    for name in ("images", "frames", "audios", "samples"):
+    for name in ("images", "frames", "audios", "samples", "videos"):
         if hasattr(output, name):
             return getattr(output, name)
+    if isinstance(output, diffusers.modular_pipelines.PipelineState):
+        return output.get("images") if "images" in output.values else output.get("videos")
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def _class_name(pipeline_class: type) -> str:
     """The diffusers class behind a geometry pipeline; its own name where it stands on none."""
-    base = diffusers.DiffusionPipeline
-    plain = (c for c in pipeline_class.__mro__ if issubclass(c, base) and c is not base and c.__module__.startswith("diffusers."))
-    return next(plain, pipeline_class).__name__
+    bases = (diffusers.DiffusionPipeline, diffusers.ModularPipeline)
+    known = (c for c in pipeline_class.__mro__ if issubclass(c, bases) and c not in bases and c.__module__.startswith("diffusers."))
+    return next(known, pipeline_class).__name__
 
 
 def _provenance(pipe: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import types
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -21,13 +22,14 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from .difference import require_finite
-from .drive import Drive, PipelineCall, keeping_attention_processors, own_output
+from .drive import Drive, own_output
 from .ending import Ending
 from .jacobian import Derivative
-from .precision import check_probeable
+from .pipeline_call import PipelineCall, keeping_attention_processors
+from .precision import ProbeWeights, check_probeable, out_of_inference
 from .recorded_step import Engine, RecordedStep
 from .replay import NetworkCall, is_duplicated, may_hold
-from .schedule import loop_position, noise_level, scheduler_family
+from .schedule import loop_length, loop_position, noise_level, scheduler_family
 
 
 class RecordedEnough(BaseException):
@@ -55,6 +57,7 @@ class Recording(Sequence[RecordedStep]):
         self._call: PipelineCall | None = None
         self._used = False
         self._restore = ExitStack()
+        self._weights = ProbeWeights(m for m in _networks(pipe).values() if not type(m).__module__.startswith("transformers."))
         self.final_sample: Tensor | None = None
         self.total_steps = 0
 
@@ -118,16 +121,18 @@ class Recording(Sequence[RecordedStep]):
     def _recorded_step(self, scheduler: Any) -> Callable:
         """What stands in for ``scheduler.step``; a method, so that a copy of the scheduler steps itself and is not recorded."""
         recording, original = self, scheduler.step
+        parameters = list(inspect.signature(original).parameters)
 
         @functools.wraps(original)
-        def step(stepping: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def step(stepping: Any, *args: Any, **kwargs: Any) -> Any:
             if stepping is not scheduler:
-                return type(stepping).step(stepping, model_output, timestep, sample, *args, **kwargs)
-            recording._before_step(model_output, timestep, sample)
+                return type(stepping).step(stepping, *args, **kwargs)
+            named = dict(zip(parameters, args, strict=False)) | kwargs
+            recording._before_step(named["model_output"], named["timestep"], named["sample"])
             if recording.stop_after_recording is not None and len(recording) >= recording.stop_after_recording:
                 raise RecordedEnough
-            result = original(model_output, timestep, sample, *args, **kwargs)
-            recording.final_sample = result[0] if isinstance(result, tuple) else result.prev_sample
+            result = original(*args, **kwargs)
+            recording.final_sample = out_of_inference(result[0] if isinstance(result, tuple) else result.prev_sample)
             return result
 
         step.is_recording = True
@@ -152,7 +157,7 @@ class Recording(Sequence[RecordedStep]):
             )
         position = loop_position(scheduler, timestep, self._first + self._count if self._count else None)
         if not self._count:
-            self._first, self.total_steps = position, len(scheduler.timesteps) - position
+            self._first, self.total_steps = position, loop_length(scheduler) - position
             self._wanted = frozenset(resolve_steps(self._steps, self.total_steps, self._first))
             if self.before_first is not None:
                 self.before_first(sample)
@@ -166,14 +171,18 @@ class Recording(Sequence[RecordedStep]):
         # Calls whose arguments hold no copy of the sample (text encoders before the first step) are not of this step.
         calls = [c for c in self._calls if may_hold(c, sample)]
         duplicated = is_duplicated(sample, model_output, calls)
-        state = {k: copy.copy(v) if isinstance(v, list) else v for k, v in self.pipe.scheduler.__dict__.items()}
-        drive = Drive(self._call, self._pristine, state, timestep, duplicated)
+        state = {k: out_of_inference(copy.copy(v) if isinstance(v, list) else v) for k, v in self.pipe.scheduler.__dict__.items()}
+        drive = Drive(self._call, self._pristine, state, timestep, duplicated, position - self._first, self.total_steps)
         if duplicated:
             sample, model_output = sample[: len(sample) // 2], model_output[: len(model_output) // 2]
         level = noise_level(self.pipe.scheduler, position)
-        sample, model_output = sample.detach(), model_output.detach()
-        ending = Ending(drive, position, self._first, sample, lambda: self.final_sample)
-        step = RecordedStep(position, level, sample, model_output, calls, drive, self._engine, self._derivative, ending)
+        sample, model_output = out_of_inference(sample.detach()), out_of_inference(model_output.detach())
+        for call in calls:
+            call.args, call.kwargs = out_of_inference(call.args), out_of_inference(call.kwargs)
+        ending = Ending(drive, position, sample, lambda: self.final_sample, self._weights)
+        step = RecordedStep(
+            position, level, sample, model_output, calls, drive, self._weights, self._engine, self._derivative, ending
+        )
         self._recorded.append(step)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .capture import record
 from .clones import noised
-from .drive import PipelineCall
 from .estimate import Estimate
+from .pipeline_call import PipelineCall
 from .theory import EmpiricalCollapse, held_out_information
 from .transition_report import covariance_spectrum, crossing
 

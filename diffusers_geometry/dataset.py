@@ -130,7 +130,7 @@ def generate_dataset(
 ) -> GeometryDataset | None:
     """Labels every unit of the request that the folder does not hold yet; call again after a stop to continue.
 
-    Under ``accelerate launch`` the processes share the units of one folder.
+    Processes of ``accelerate launch`` share the units of one folder (on CPUs use ``torchrun``: accelerate starts one there).
 
     Args:
         pipe: A diffusers pipeline that takes a list of generators.
@@ -159,7 +159,8 @@ def generate_dataset(
     for i, pairs in tqdm(mine, desc="labels", unit="unit", disable=not (progress and state.is_main_process)):
         if not _is_whole(_shard(folder, i)):
             tensors, seconds = label_unit(pipe, request, pairs, Probe(plan.unit.probe))
-            write_together(folder, {_shard(folder, i).name: save(tensors, {"seconds": f"{seconds:.6g}"})})
+            said = {"seconds": f"{seconds:.6g}", "process": str(state.process_index)}
+            write_together(folder, {_shard(folder, i).name: save(tensors, said)})
     state.wait_for_everyone()
     return GeometryDataset(folder)
 

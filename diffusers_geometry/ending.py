@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .continuation import Continuation
-from .drive import PATCHED, Drive, EndOfRun, StepOutput, private_pipeline, run_privately
+from .drive import PATCHED, Drive
+from .pipeline_call import EndOfRun, StepOutput, private_pipeline, run_privately
 from .precision import HALF, ProbeWeights, to_float32
+from .schedule import unvisited
 
 SAMPLING_TOLERANCE = 1e-3  # relative, of a whole run in float32 that is sampled again from one of its points
 HALF_SAMPLING_TOLERANCE = 0.2
@@ -43,14 +45,15 @@ class Ending:
     Args:
         drive: The engine of step k, for the recorded call and the scheduler's state.
         position: k.
-        first: Loop position at which the run started.
         sample: x_t at step k, (b, *dims).
         final: Gives the run's final sample, once it is there.
+        weights: Of the pipeline's networks, for probes.
     """
 
-    def __init__(self, drive: Drive, position: int, first: int, sample: Tensor, final: Callable[[], Tensor | None]) -> None:
-        self.drive, self.position, self.first, self.sample, self._final = drive, position, first, sample, final
-        self._weights = ProbeWeights([m for m in drive.call.pipe.components.values() if _is_ours(m)])
+    def __init__(
+        self, drive: Drive, position: int, sample: Tensor, final: Callable[[], Tensor | None], weights: ProbeWeights
+    ) -> None:
+        self.drive, self.position, self.sample, self._final, self._weights = drive, position, sample, final, weights
         self._decoder_calls: list[DecoderCall] | None = None
         self._samples_again = False
 
@@ -144,7 +147,7 @@ class Ending:
         for name, module in _decoders(call.pipe).items():
             decoders[name] = copy.copy(module)
             decoders[name].decode = watched(module.decode)
-        pipe = private_pipeline(call, self._scheduler(step, []), **decoders)
+        pipe = private_pipeline(call, self._scheduler(step, self._timesteps(0, 0)), **decoders)
         changed = {"output_type": "pt"} if call.arguments.get("output_type") == "latent" else {}
         run_privately(call, pipe, **changed)
         if not placed:
@@ -158,7 +161,7 @@ class Ending:
         return self._sample_from(x_t)
 
     def _sample_from(self, x_t: Tensor, *, check_noise: bool = False) -> Tensor:
-        remaining, results = self.drive.state["timesteps"][self.position :], []
+        remaining, results = self._timesteps(self.position), []
 
         def step(*args: Any, **kwargs: Any) -> Any:
             if not results:
@@ -181,14 +184,22 @@ class Ending:
             self._refuse_loop()
         return results[-1][: len(x_t)]
 
-    def _scheduler(self, step: Callable, remaining: Any) -> Any:
+    def _timesteps(self, start: int, stop: int | None = None) -> Tensor:
+        """Timesteps of the run's steps between two loop positions, to its end if ``stop`` is None."""
+        timesteps = torch.as_tensor(self.drive.state["timesteps"])
+        return timesteps[start : len(timesteps) - unvisited(self.drive.scheduler) if stop is None else stop]
+
+    def _after_the_last_step(self) -> Tensor:
+        timesteps = torch.as_tensor(self.drive.state["timesteps"])
+        return timesteps[len(self._timesteps(0)) :]
+
+    def _scheduler(self, step: Callable, remaining: Tensor) -> Any:
         """A private scheduler in its state at step k, whose loop has one more step in front of the ``remaining`` ones."""
         scheduler = copy.deepcopy(self.drive.scheduler)
         originals = {name: getattr(scheduler, name) for name in PATCHED if hasattr(scheduler, name)}
-        timesteps = torch.as_tensor(self.drive.state["timesteps"])
-        here = torch.as_tensor(self.drive.timestep, device=timesteps.device, dtype=timesteps.dtype)
-        # Pipelines that start late cut off as many timesteps as they did.
-        loop = torch.cat([here.repeat(self.first + 1), torch.as_tensor(remaining, device=here.device, dtype=here.dtype)])
+        # Pipelines that start late cut off as many timesteps as they did, and some the last one.
+        here, after = self.drive.here(remaining), self._after_the_last_step()
+        loop = torch.cat([here.repeat(self.position - self.drive.iteration + 1), remaining, after])
 
         @functools.wraps(originals["set_timesteps"])
         def set_timesteps(*args: Any, **kwargs: Any) -> None:
@@ -247,11 +258,6 @@ def _generator_states(step_arguments: dict[str, Any]) -> list[Tensor]:
 
 def _refuse_branch(x_t: Tensor) -> NoReturn:
     raise ValueError("of='sampled' of a branch. Expected branch='guided': the sampler follows the guided output.")
-
-
-def _is_ours(component: Any) -> bool:
-    """Whether a component is a network that probes run through; text encoders are not."""
-    return isinstance(component, nn.Module) and not type(component).__module__.startswith("transformers.")
 
 
 def _decoders(pipe: Any) -> dict[str, nn.Module]:

@@ -66,7 +66,7 @@ class Jacobian:
             forward per chunk; needs ``batched_fn``) or "looped_grad" (one forward, one backward per vector); "difference".
         fallback_reason: torch's words when ``backend`` is a refusal's, else None.
         forward_backend: "double_vjp", or after a refusal by torch "vmap_jvp", or "looped_jvp" for a function that cannot run under
-            vmap (it draws random numbers).
+            vmap (it draws random numbers), or "double_grad" for one that no function transform can run (it goes through NumPy).
         forward_fallback_reason: torch's words then, else None.
         chunk_reductions: How often the chunk size was halved because memory ran out.
         step: The difference step h, and ``step_error`` the estimated error of one column it leaves; None and 0 for autograd.
@@ -248,13 +248,14 @@ class Jacobian:
 
         backends: dict[str, Callable[[Tensor], Tensor]] = {
             "double_vjp": self._double_vjp,
-            "vmap_jvp": lambda vectors: torch.func.vmap(product)(vectors),
+            "vmap_jvp": torch.func.vmap(product),
             "looped_jvp": lambda vectors: torch.stack([product(v) for v in vectors]),
+            "double_grad": self._double_grad,
         }
         names = list(backends)
         for name in names[names.index(self.forward_backend) :]:
             try:
-                with forward_mode(twice_reversed=name == "double_vjp"), torch.set_grad_enabled(name == "double_vjp"):
+                with forward_mode(twice_reversed="double" in name), torch.set_grad_enabled("double" in name):
                     result = backends[name](stack).detach()
             except RuntimeError as error:
                 if is_out_of_memory(error) or name == names[-1]:
@@ -273,15 +274,30 @@ class Jacobian:
                 return torch.func.vjp(self.fn, self.x)[1](u)[0]
 
             pushforward = torch.func.vjp(transposed, torch.zeros_like(self.value))[1]
-            self._check_adjoint(pushforward)
-            self._pushforward = pushforward
-        return torch.func.vmap(self._pushforward)(stack)[0]
+            push = torch.func.vmap(lambda v: pushforward(v)[0])
+            self._check_adjoint(push)
+            self._pushforward = push
+        return self._pushforward(stack)
 
-    def _check_adjoint(self, pushforward: Callable[[Tensor], Tensor]) -> None:
+    def _double_grad(self, stack: Tensor) -> Tensor:
+        """J of a stack as the transpose of the transpose in plain autograd, for a function that no function transform can run."""
+        if self._pushforward is None:
+            point = self.x.clone().requires_grad_(True)
+            u = torch.zeros_like(self.value, requires_grad=True)
+            pulled = torch.autograd.grad(_with_graph(self.fn(point)), point, u, create_graph=True)[0]
+
+            def push(vectors: Tensor) -> Tensor:
+                return torch.stack([torch.autograd.grad(pulled, u, v, retain_graph=True)[0] for v in vectors])
+
+            self._check_adjoint(push)
+            self._pushforward = push
+        return self._pushforward(stack)
+
+    def _check_adjoint(self, push: Callable[[Tensor], Tensor]) -> None:
         """RuntimeError unless <u, Jv> = <Jᵀu, v> for two random pairs, to a thousandth of their typical size."""
         generator = torch.Generator().manual_seed(0)
         u, v = (torch.randn(2, *shape, generator=generator).to(self.x) for shape in (self.value.shape, self.x.shape))
-        pushed, pulled = torch.func.vmap(pushforward)(v)[0].flatten(1), self._pull(u).flatten(1)
+        pushed, pulled = push(v).flatten(1), self._pull(u).flatten(1)
         left, right = (pushed * u.flatten(1)).sum(dim=1), (pulled * v.flatten(1)).sum(dim=1)
         typical = pushed.norm(dim=1) + pulled.norm(dim=1)
         if not ((left - right).abs() <= 1e-3 * typical).all():
@@ -304,10 +320,8 @@ class Jacobian:
 
 def _with_graph(output: Tensor) -> Tensor:
     if not output.requires_grad:
-        raise RuntimeError(
-            "the function gives no gradients: it left torch, or detached its result. Expected one that can be differentiated. "
-            "For a black box pass derivative='difference'."
-        )
+        expected = "Expected one that can be differentiated. For a black box pass derivative='difference'."
+        raise RuntimeError(f"the function gives no gradients: it left torch, or detached its result. {expected}")
     return output
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .budget import NUM_SINGULAR_VALUES, SpectrumMethod
 from .capture import RecordedEnough, Recording, record
 from .denoiser import Denoiser, Map
 from .descriptors import local_rank, local_scaling
 from .jacobian import Jacobian
-from .plan import NUM_SINGULAR_VALUES, SpectrumMethod
 from .precision import to_float32
 from .probe import Probe
 from .recorded_step import Branch, RecordedStep

@@ -19,6 +19,7 @@ from .analyze import analyze_geometry, plan_geometry
 from .guidance import GeometryGuidance, guided
 from .transitions import measure_transitions
 
+BASES = (diffusers.DiffusionPipeline, diffusers.ModularPipeline)
 GEOMETRY_PIPELINES = {
     f"Geometry{name}": name
     for name in ("DDPMPipeline", "DDIMPipeline", "DiTPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline",
@@ -58,8 +59,7 @@ def _restore(pipeline_class: type, attributes: dict[str, Any]) -> Any:
 
 def plain_class(pipeline_class: type) -> type:
     """The first pipeline class of the MRO that has no geometry in it; the class itself where there is none."""
-    base = diffusers.DiffusionPipeline
-    plain = (c for c in pipeline_class.__mro__ if issubclass(c, base) and c is not base and not issubclass(c, GeometryMixin))
+    plain = (c for c in pipeline_class.__mro__ if issubclass(c, BASES) and c not in BASES and not issubclass(c, GeometryMixin))
     return next(plain, pipeline_class)
 
 
@@ -69,12 +69,12 @@ def with_geometry(pipe: Any) -> Any:
     Modules, scheduler and settings are shared, nothing is copied or cast, and ``pipe`` itself stays as it is.
 
     Args:
-        pipe: A diffusers pipeline.
+        pipe: A diffusers pipeline, of a class of its own or modular.
 
     Raises:
         TypeError: ``pipe`` is not a pipeline.
     """
-    if not isinstance(pipe, diffusers.DiffusionPipeline):
+    if not isinstance(pipe, BASES):
         raise TypeError(f"pipe is a {type(pipe).__name__}. Expected a diffusers.DiffusionPipeline.")
     if getattr(type(pipe), "_is_recorded", False):
         raise TypeError("pipe is being recorded. Expected with_geometry(pipe) outside the `with record(pipe)` block.")

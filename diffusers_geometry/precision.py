@@ -37,6 +37,12 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
     return value
 
 
+def out_of_inference(value: Any) -> Any:
+    """The value with tensors made under ``torch.inference_mode`` copied, so that derivatives can be taken through them."""
+    with torch.inference_mode(False):
+        return map_tensors(value, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+
 def to_float32(value: Tensor) -> Tensor:
     """A half precision tensor in float32, any other as it is."""
     return value.float() if value.dtype in HALF else value
@@ -86,6 +92,12 @@ class ProbeWeights:
         self._copies: dict[int, tuple[Tensor, int, nn.Parameter]] = {}
         self._onload_devices: dict[int, torch.device] = {}
         self._depth = 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the float32 copies of lower precision weights take, once probed."""
+        tensors = {id(t): t for m in self.modules for t in (*m.parameters(), *m.buffers())}
+        return sum(4 * t.numel() for t in tensors.values() if _is_low(t))
 
     @contextmanager
     def scope(self) -> Iterator[None]:

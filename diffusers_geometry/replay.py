@@ -142,9 +142,10 @@ class Replay:
     def _split(self, output: Any, repeats: int, stack: int, batch: int) -> Tensor:
         """A network's output as (repeats, stack, batch, *dims)."""
         output = _first_tensor(output)
-        output = torch.stack(list(output)) if isinstance(output, list) else output
+        if isinstance(output, list) and {getattr(item, "shape", None) for item in output} == {output[0].shape}:
+            output = torch.stack(output)
         if not isinstance(output, Tensor):
-            raise ReplayRefused(f"a network returned {type(output).__name__}, not a tensor")
+            raise ReplayRefused(f"a network that was given the sample returned {type(output).__name__}, not a prediction")
         output = own_channels(output, self.sample.shape)
         if output.numel() != repeats * stack * batch * self.sample[0].numel():
             raise ReplayRefused(f"a network returned shape {tuple(output.shape)} for samples of {tuple(self.sample.shape)}")
@@ -187,6 +188,11 @@ def _combination(outputs: Tensor, model_output: Tensor) -> Tensor:
 def input_scales(calls: list[NetworkCall], sample: Tensor) -> list[float]:
     """The multiples c_in of the sample that networks were called with."""
     return [slot.c_in for _, slot in _calls_with_slots(calls, sample)]
+
+
+def sampled_calls(calls: list[NetworkCall], sample: Tensor) -> list[NetworkCall]:
+    """The calls that were given the sample."""
+    return [call for call, _ in _calls_with_slots(calls, sample)]
 
 
 def is_single_output(calls: list[NetworkCall], sample: Tensor) -> bool:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .capture import RecordedEnough, record
-from .drive import PATCHED, Drive, EndOfRun, PipelineCall, StepOutput, own_channels, private_pipeline, run_privately
+from .drive import PATCHED, Drive, own_channels
+from .pipeline_call import EndOfRun, PipelineCall, StepOutput, private_pipeline, run_privately
 from .recorded_step import CERTIFICATE_TOLERANCE, RecordedStep
 
 

@@ -33,7 +33,10 @@ _FAMILIES = {
         "PNDMScheduler",
         "LCMScheduler",
         "TCDScheduler",
+        "CogVideoXDDIMScheduler",
+        "CogVideoXDPMScheduler",
     ),
+    "wuerstchen": ("DDPMWuerstchenScheduler",),
     "variance_preserving": (
         "DPMSolverMultistepScheduler",
         "DPMSolverSinglestepScheduler",
@@ -84,8 +87,6 @@ def scheduler_family(scheduler: Any) -> str:
             "pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config), or wrap the network at one noise "
             "level yourself with Denoiser.from_function."
         )
-    if getattr(scheduler.config, "invert_sigmas", False):
-        raise ValueError(f"{name} has invert_sigmas=True, which runs from data to noise. Expected invert_sigmas=False.")
     return family
 
 
@@ -102,7 +103,7 @@ def loop_position(scheduler: Any, timestep: Any, expected: int | None) -> int:
         RuntimeError: the timestep is not in the schedule, or a later step is elsewhere and ambiguous.
     """
     timesteps = torch.as_tensor(scheduler.timesteps).cpu().double()
-    wanted = float(timestep)
+    wanted = float(torch.as_tensor(timestep).flatten()[0])  # Wuerstchen's pipelines give one a sample
     matches = (timesteps == wanted).nonzero().flatten().tolist()
     likely = expected if expected is not None else getattr(scheduler, "begin_index", None) or 0
     if likely in matches:
@@ -116,6 +117,16 @@ def loop_position(scheduler: Any, timestep: Any, expected: int | None) -> int:
     )
 
 
+def unvisited(scheduler: Any) -> int:
+    """Timesteps at the end of a schedule from which no step starts: Wuerstchen's last is where the last step leads."""
+    return int(scheduler_family(scheduler) == "wuerstchen")
+
+
+def loop_length(scheduler: Any) -> int:
+    """Number of steps of a run over ``scheduler.timesteps``."""
+    return len(scheduler.timesteps) - unvisited(scheduler)
+
+
 def noise_level(scheduler: Any, i: int) -> NoiseLevel:
     """The noise level at loop position ``i``, after ``scheduler.set_timesteps``.
 
@@ -123,17 +134,24 @@ def noise_level(scheduler: Any, i: int) -> NoiseLevel:
         ValueError: unknown scheduler, position outside the schedule, or epsilon prediction at alpha = 0.
     """
     family, config = scheduler_family(scheduler), scheduler.config
-    if not 0 <= i < len(scheduler.timesteps):
-        raise ValueError(f"i={i}. Expected 0 <= i < {len(scheduler.timesteps)}, the number of loop positions.")
+    if not 0 <= i < loop_length(scheduler):
+        raise ValueError(f"i={i}. Expected 0 <= i < {loop_length(scheduler)}, the number of loop positions.")
     timestep = float(scheduler.timesteps[i])
     prediction = getattr(config, "prediction_type", None) or "epsilon"
     if family == "alphas_cumprod":
         alpha_cumprod = float(scheduler.alphas_cumprod[int(timestep)].cpu().double())
         return _level(prediction, math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod), 1.0, timestep)
+    if family == "wuerstchen":
+        alpha_cumprod = float(scheduler._alpha_cumprod(scheduler.timesteps[i : i + 1].cpu(), torch.device("cpu")))
+        return _level("epsilon", math.sqrt(alpha_cumprod), math.sqrt(1 - alpha_cumprod), 1.0, timestep)
     sigma = float(scheduler.sigmas[i].cpu().double())
     if family == "variance_preserving":
         alpha_t, sigma_t = (float(v) for v in scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[i].cpu().double()))
         return _level(prediction, alpha_t, sigma_t, 1.0, timestep)
+    if family == "flow" and getattr(
+        config, "invert_sigmas", False
+    ):  # Mochi: sigmas rise with the signal, the output is x_0 - epsilon
+        return NoiseLevel(sigma, 1 - sigma, 1.0, 1 - sigma, 1.0, timestep)
     if family == "flow":
         return _level("flow_prediction", 1 - sigma, sigma, 1.0, timestep)
     if family == "variance_exploding":

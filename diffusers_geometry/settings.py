@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 import numpy as np
 
+from .budget import METHODS
 from .capture import check_steps
 from .denoiser import MAPS
 from .jacobian import Derivative
-from .plan import METHODS
 from .recorded_step import Branch, Engine
 
 _COUNTS = ("num_singular_values", "max_products", "psi_rank", "max_probe_memory")

@@ -7,16 +7,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import ddpm_pipeline, dit_pipeline, quiet, sd_pipeline
+from tiny import ddpm_pipeline, dit_pipeline, quiet, randn, sd_pipeline
 
 from diffusers_geometry import record
+from diffusers_geometry.budget import plan_probe
 from diffusers_geometry.dataset import GeometryDataset, generate_dataset, plan_dataset
+from diffusers_geometry.denoiser import Denoiser
 from diffusers_geometry.descriptors import local_rank, local_scaling
-from diffusers_geometry.labels import FIELDS, DatasetRequest
+from diffusers_geometry.labels import FIELDS, DatasetRequest, _batch_spectra
+from diffusers_geometry.probe import Probe
 from diffusers_geometry.spectrum import dense_spectrum
 
 CALL = {"num_inference_steps": 5, "output_type": "np"}
@@ -196,14 +201,40 @@ def test_killed_at_any_moment_nothing_is_lost_or_doubled(tmp_path):
 
 
 def test_processes_share_a_folder(tmp_path, whole):
-    """accelerate launch: two processes, disjoint units, the same labels."""
+    """torchrun, which accelerate launch is on accelerators: two processes, disjoint units, the same labels."""
     script = tmp_path / "run.py"
     text = "from test_dataset import ddpm_pipeline, generate_dataset, request\n"
     script.write_text(text + f"generate_dataset(ddpm_pipeline(), {str(tmp_path / 'shared')!r}, request(), progress=False)\n")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", str(script)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     subprocess.run(launch, check=True, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True)
-    shared = GeometryDataset(tmp_path / "shared").tensors
-    assert shared["seed"].tolist() == whole.tensors["seed"].tolist()
-    torch.testing.assert_close(shared["psi"], whole.tensors["psi"], atol=1e-3, rtol=0)
+    shared = GeometryDataset(tmp_path / "shared")
+    made_by = []
+    for path in shared.shards:
+        with safe_open(path, "pt") as shard:
+            made_by.append(shard.metadata()["process"])
+    assert made_by == ["0", "1", "0"]
+    assert shared.tensors["seed"].tolist() == whole.tensors["seed"].tolist()
+    torch.testing.assert_close(shared.tensors["psi"], whole.tensors["psi"], atol=1e-3, rtol=0)
+
+
+def test_samples_are_taken_together_only_where_they_are_independent():
+    x, weight = randn(3, 5, seed=1), randn(5, 5, seed=2)
+    levels = {"alpha_t": 0.8, "sigma_t": 0.6}
+
+    def alone(points):
+        return (points @ weight).tanh()
+
+    probe = Probe(plan_probe(5, method="dense"))
+    for coupling, together in ((0.0, True), (0.3, False)):
+
+        def batch(points, coupling=coupling):
+            return alone(points) + coupling * points.mean(dim=0)
+
+        denoiser = Denoiser(batch, select_fn=lambda i: alone, **levels)
+        spectra = _batch_spectra(denoiser, SimpleNamespace(sample=x, engine="replay"), request(), probe)
+        assert (spectra is not None) == together
+        if together:
+            expected = [torch.linalg.svdvals(0.8 * torch.func.jacrev(alone)(point)) for point in x]
+            found = torch.stack([s.singular_values for s in spectra]).float()
+            torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-4)

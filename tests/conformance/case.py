@@ -70,7 +70,13 @@ def image(size=8, channels=3, seed=5):
 def autoencoder(levels=2, latent_channels=4, **config):
     """An AutoencoderKL that halves the picture ``levels - 1`` times."""
     blocks = ["DownEncoderBlock2D"] * levels, ["UpDecoderBlock2D"] * levels
-    options = {"block_out_channels": [4] * levels, "norm_num_groups": 2, "latent_channels": latent_channels, **config}
+    options = {
+        "block_out_channels": [4] * levels,
+        "norm_num_groups": 2,
+        "latent_channels": latent_channels,
+        "shift_factor": 0.0,
+        **config,
+    }
     return random_weights(diffusers.AutoencoderKL(down_block_types=blocks[0], up_block_types=blocks[1], **options))
 
 

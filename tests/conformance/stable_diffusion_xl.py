@@ -138,9 +138,5 @@ CASES = (
     Case("KandinskyV22Pipeline", kandinsky, kandinsky_call, schedulers("DDPMScheduler"), note="learned variance, image embeddings"),
     Case("StableCascadeDecoderPipeline", cascade_decoder, cascade_decoder_call, note="Wuerstchen's scheduler, times in [0, 1]"),
     Case("StableCascadePriorPipeline", cascade_prior, cascade_prior_call, note="the first stage, image embeddings as latents"),
-)  # fmt: skip
-# Module.to assigns parameter.data; under torch.func.vjp, where drive runs the whole call, that crashes the process (torch 2.13).
-# Not in CASES until the package keeps such a call outside the transform.
-CRASHING = (
     Case("StableDiffusionXLImg2ImgPipeline upcast", upcast, aesthetic_call, EULERS, note="the VAE is cast within the call"),
-)
+)  # fmt: skip
