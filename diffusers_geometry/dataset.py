@@ -145,7 +145,7 @@ def generate_dataset(
     Raises:
         ValueError: the folder holds another request or another model's labels; a plan beyond ``max_seconds``.
     """
-    state, folder = PartialState(), Path(folder)
+    state, folder = PartialState(cpu=torch.device(pipe.device).type == "cpu"), Path(folder)
     plan = plan_dataset(pipe, request)
     if max_seconds is not None and plan.seconds > max_seconds:
         raise ValueError(f"max_seconds={max_seconds:g}. Expected at least {plan.seconds:.3g}: {plan.table()}.")

@@ -102,7 +102,8 @@ def train_reward(
         raise ValueError(f"seeds {sorted(shared)[:5]} are in both sets. Expected held-out seeds, not held-out samples.")
     validation, test = _halves(parts[1])
     reward = _new_reward(parts[0], descriptor, options.seed, {"psi_rank": psi_rank, **config}, start_from)
-    accelerator = Accelerator(mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.accumulation)
+    settings = {"mixed_precision": options.mixed_precision, "gradient_accumulation_steps": options.accumulation}
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **settings)
     run = _Run(accelerator, reward, options, None if checkpoint is None else Path(checkpoint))
     start = time.perf_counter()
     run.train(parts[0], validation, progress)

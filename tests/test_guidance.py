@@ -279,6 +279,21 @@ def test_guided_runs_can_be_analysed_and_geometry_pipelines_generate():
     assert not np.array_equal(pipe(generator=torch.Generator().manual_seed(0), **call).images, images)
 
 
+def test_every_call_in_the_block_starts_anew():
+    """The trust radius looks at the estimate of the step before, which must not be that of the call before."""
+    pipe, guidance = ddpm_pipeline(), GeometryGuidance(tall, scale=3.0, start=0, stop=1)
+
+    def images():
+        return pipe(**pixel_call(generator=torch.Generator().manual_seed(0))).images
+
+    with guided(pipe, guidance):
+        alone = images()
+    with guided(pipe, guidance) as run:
+        assert np.array_equal(images(), alone)
+        assert np.array_equal(images(), alone)
+    assert len(run.log) == 6
+
+
 def test_nothing_is_left_patched_after_an_exception():
     pipe = ddpm_pipeline()
     before = dict(pipe.scheduler.__dict__)
