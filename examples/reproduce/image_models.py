@@ -224,7 +224,7 @@ def weights_digest() -> str:
 def report(measured: dict[str, Any]) -> list[str]:
     runs = measured["runs"]
     lines = ["# Image models", "", f"Written by `examples/reproduce/image_models.py`. {VERDICT}", ""]
-    lines += ["![image_models](image_models.png)", "", f"Weights of ddpm-mnist: sha256 {measured["weights"]}.", ""]
+    lines += ["![image_models](image_models.png)", "", f"Weights of ddpm-mnist: sha256 {measured['weights']}.", ""]
     lines += spectra_table("ddpm-mnist, one run", runs["ddpm-mnist"]) + spectra_table("ddpm-emoji, one run", runs["linear"])
     return lines + class_table(measured["classes"]) + schedule_table(runs)
 
