@@ -1,7 +1,8 @@
 """Labels of what a pipeline visits: for a batch of (conditioning, seed) pairs, x_t at chosen steps with the psi and nu there.
 
-psi is a sum of logarithms, so over all singular values it is ruled by the smallest ones, which are noise. Its label is therefore
-psi at a fixed rank, the same for every sample, so that labels compare (psi(cA) = psi(A) + R log c holds at equal R only).
+psi is a sum of logarithms: over all singular values it is ruled by the many small ones, and those next to zero scatter most, by
+what the network never learnt and by rounding. Its label is therefore psi at a fixed rank, the same for every sample, so that labels
+compare (psi(cA) = psi(A) + R log c holds at equal R only).
 """
 
 from __future__ import annotations
