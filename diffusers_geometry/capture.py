@@ -121,7 +121,7 @@ class Recording(Sequence[RecordedStep]):
     def _recorded_step(self, scheduler: Any) -> Callable:
         """What stands in for ``scheduler.step``; a method, so that a copy of the scheduler steps itself and is not recorded."""
         recording, original = self, scheduler.step
-        parameters = list(inspect.signature(original).parameters)
+        parameters = list(inspect.signature(type(scheduler).step).parameters)[1:]
 
         @functools.wraps(original)
         def step(stepping: Any, *args: Any, **kwargs: Any) -> Any:
@@ -171,7 +171,10 @@ class Recording(Sequence[RecordedStep]):
         # Calls whose arguments hold no copy of the sample (text encoders before the first step) are not of this step.
         calls = [c for c in self._calls if may_hold(c, sample)]
         duplicated = is_duplicated(sample, model_output, calls)
-        state = {k: out_of_inference(copy.copy(v) if isinstance(v, list) else v) for k, v in self.pipe.scheduler.__dict__.items()}
+        held = self.pipe.scheduler.__dict__.items()
+        state = {
+            k: out_of_inference(copy.copy(v) if isinstance(v, list) else v) if isinstance(v, (list, Tensor)) else v for k, v in held
+        }
         drive = Drive(self._call, self._pristine, state, timestep, duplicated, position - self._first, self.total_steps)
         if duplicated:
             sample, model_output = sample[: len(sample) // 2], model_output[: len(model_output) // 2]

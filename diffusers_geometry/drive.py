@@ -111,7 +111,7 @@ class Drive:
     def _private_pipeline(self, points: list[Tensor]) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
         scheduler, received, upcoming = copy.deepcopy(self.scheduler), [], iter(points)
         originals = {name: getattr(scheduler, name) for name in PATCHED if hasattr(scheduler, name)}
-        parameters = list(inspect.signature(originals["step"]).parameters)
+        parameters = list(inspect.signature(type(scheduler).step).parameters)[1:]
 
         def pin() -> None:
             self.restore(scheduler)

@@ -111,13 +111,6 @@ def test_half_precision_probes_follow_the_weights():
         step.denoiser.denoised(step.sample.float())
 
 
-def test_layerwise_casting_is_refused():
-    pipe = ddpm_pipeline()
-    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"pipe.unet casts its weights layer by layer.*load it in"):
-        record(pipe, [1])
-
-
 def test_attention_processors_come_back_when_a_loop_is_left_early():
     base = sd_pipeline()
     pipe = quiet(diffusers.StableDiffusionPAGPipeline(**base.components, requires_safety_checker=False))
