@@ -72,7 +72,7 @@ def test_a_known_relation_is_learnt(trained):
 
 
 def test_the_value_head_learns_too_and_shuffled_labels_do_not():
-    options = TrainingOptions(steps=300, batch_size=64, evaluate_every=100, learning_rate=2e-3)
+    options = TrainingOptions(steps=200, batch_size=64, evaluate_every=100, learning_rate=2e-3)
     _, metrics = train_reward(labelled(6000, 1), labelled(800, 50, first_seed=10_000), options=options, progress=False,
                               head="value", **SMALL)  # fmt: skip
     assert metrics.spearman >= 0.9
