@@ -39,11 +39,11 @@ where the run stops: linear betas spend more than twice the steps of the others 
 scaled-linear runs end above the σ at which half of the directions are kept. What does not agree: the eigenvalue rule (Δ =
 0.1) finds neither a trivial nor a consolidated phase, except at the first (pure noise) and last step of flow matching. At
 large σ the errors of the pixel networks stand as singular values of 0.25 to 0.5 where a Gaussian of the data has almost none,
-and D' is far from symmetric; at small σ values lie everywhere between 0 and 1, until D' keeps the whole space. The largest
-gap lies anywhere from 1 to the whole space, so it names no dimension of these images. The first direction of the digits is
-kept at three times the σ of a Gaussian, and D' exceeds one: the data are modes, not one linear manifold. FLIPD is negative in
-pixels, for a clean image is an input that no network has seen at that timestep; in latents it is positive, and lowest for
-ones as well."""
+and D' is far from symmetric; at small σ values lie everywhere between 0 and 1, until D' of flow matching keeps the whole
+space. The largest gap lies anywhere from 1 to the whole space, so it names no dimension of these images. The first direction
+of the digits is kept at three times the σ of a Gaussian, and D' exceeds one: the data are modes, not one linear manifold.
+FLIPD is negative in pixels, for a clean image is an input that no network has seen at that timestep; in latents it is
+positive, and lowest for ones as well."""
 COLOURS = {"linear": "#1b9e77", "scaled-linear": "#d95f02", "cosine": "#7570b3", "sd-mnist": "#1f78b4", "sd3-mnist": "#e31a1c"}
 
 
