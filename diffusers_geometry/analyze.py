@@ -111,7 +111,7 @@ def analyze_geometry(
     recording.check_complete()
     with torch.inference_mode(False):  # whatever mode the pipeline was called in
         steps, plan = _probed(recording, settings, request, progress)
-    return GeometryTrace(tuple(steps), settings | {"plan": plan.as_dict(), "units": UNITS[of]} | _provenance(pipe), _images(output))
+    return GeometryTrace(tuple(steps), settings | {"plan": plan.as_dict(), "units": UNITS[of]} | _provenance(pipe), made_by(output))
 
 
 def _probed(
@@ -208,7 +208,7 @@ def _step_geometry(step: RecordedStep, found: list[PointGeometry], settings: dic
     )
 
 
-def _images(output: Any) -> Any:
+def made_by(output: Any) -> Any:
     """What the pipeline made: images, frames, audio or vectors, or the first item of a tuple."""
     for name in ("images", "frames", "audios", "samples", "videos"):
         if hasattr(output, name):

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from .continuation import Continuation
+from .difference import check_derivative
 from .jacobian import Jacobian
 
 Map = Literal["denoised", "score", "epsilon", "decoded", "decoder", "sampled"]
@@ -217,7 +218,22 @@ class Denoiser:
         """
         batched = self.canonical_map(of)
         options = {"scale": self.sigma_t, "cancellation": self._cancellation(of), **options}
-        return Jacobian(lambda x: batched(x[None])[0], self.map_point(x_t, of), batched_fn=batched, **options)
+        jacobian = Jacobian(lambda x: batched(x[None])[0], self.map_point(x_t, of), batched_fn=batched, **options)
+        if of in CONTINUED and jacobian.derivative == "autograd":
+            self._check_continued(jacobian, of)
+        return jacobian
+
+    def _check_continued(self, jacobian: Jacobian, of: Map) -> None:
+        """RuntimeError when a decoder or a sampler hides its derivative; a reverse product and a few evaluations."""
+        generator = torch.Generator().manual_seed(0)
+        x, value = jacobian.x, jacobian.value
+        unit = self.sigma_t if of != "decoder" else float(x.std()) if x.numel() > 1 else 1.0
+        shift = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) * (0.1 * unit)
+        with torch.no_grad():
+            direction = jacobian.fn(x + shift) - jacobian.fn(x - shift)
+        direction = direction / direction.norm() if direction.any() else torch.ones_like(value)
+        check_derivative(jacobian.fn, x, shift, direction, jacobian.vjp(direction), f"of={of!r}")
+        jacobian.products = 0  # the check is not the caller's
 
     def _cancellation(self, of: Map) -> float:
         """Size of what cancels in the map's Jacobian: D' itself is subtracted from the identity in the others."""

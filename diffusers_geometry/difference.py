@@ -16,6 +16,8 @@ from torch import Tensor
 
 BatchedMap = Callable[[Tensor], Tensor]
 MAX_RUNGS = 16  # of the ladder of steps
+STEP_SHARES = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003)  # of the longest step of a checked derivative
+DIFFERENCE_TOLERANCE = 0.02  # between a derivative and a difference that is short enough
 
 
 def require_finite(value: Tensor, what: str) -> Tensor:
@@ -27,6 +29,40 @@ def require_finite(value: Tensor, what: str) -> Tensor:
             "the dtype (half precision overflows) and the input of the network."
         )
     return value
+
+
+def check_derivative(fn: BatchedMap, x: Tensor, shift: Tensor, direction: Tensor, pulled: Tensor, what: str) -> None:
+    """Compares Jᵀu with central differences of ``fn`` along ``shift``, which is shortened until the two agree twice running.
+
+    Over a long step a curved function differs by as much as one whose gradient is cut in part; the difference of the first goes to
+    its derivative, that of the second never does, and only crosses it.
+
+    Args:
+        fn: x -> f(x).
+        x: The point.
+        shift: The longest step.
+        direction: u, of f's shape.
+        pulled: Jᵀu by automatic differentiation.
+        what: Its name in an error.
+
+    Raises:
+        RuntimeError: they do not agree.
+    """
+    agreed, rounding = False, 0.0
+    for share in STEP_SHARES:
+        with torch.no_grad():
+            ends = [fn(x + sign * share * shift) for sign in (1, -1)]
+        rounding = 10 * torch.finfo(x.dtype).eps * ends[0].norm().item()
+        slope, found = share * (pulled * shift).sum().item(), ((ends[0] - ends[1]) / 2 * direction).sum().item()
+        before, agreed = agreed, abs(slope - found) <= DIFFERENCE_TOLERANCE * abs(found) + rounding
+        if agreed and before:
+            return
+    off = abs(slope / found - 1) if found else math.inf
+    raise RuntimeError(
+        f"the derivative of {what} differs by {off:.1e} from its finite difference. Expected one that can be differentiated: "
+        "detach, no_grad or rounding inside it, or a __call__ that calls another under no_grad, hides its Jacobian. For a black box pass "
+        "derivative='difference'."
+    )
 
 
 class CountedMap:

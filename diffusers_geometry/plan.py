@@ -150,7 +150,7 @@ def plan_recording(pipe: Any, args: tuple, kwargs: dict, settings: dict[str, Any
     """
     record_steps, engine = settings["record_steps"], settings["probe_engine"]
     with record(pipe, record_steps, engine=engine, derivative=request["derivative"]) as recording:
-        recording.stop_after_recording = 1
+        recording.stop_after_recording = None if request["of"] in CONTINUED else 1  # these need to know how a run ends
         try:
             pipe(*args, **kwargs)
         except RecordedEnough:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 HALF = (torch.float16, torch.bfloat16)
 _GROUP_OFFLOADING = "group_offloading"
 _PASSED_BY = ("layerwise_casting", _GROUP_OFFLOADING, "lazy_prefetch_group_offloading", "layer_execution_tracker")
+_CACHES = ("faster_cache", "fbc_", "mag_cache", "pyramid_attention_broadcast", "sea_cache", "taylorseer_cache", "text_kv_cache")
 _LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
@@ -59,7 +60,12 @@ def _is_low(tensor: Tensor) -> bool:
 
 def has_step_cache(module: nn.Module) -> bool:
     """Whether the network reuses results between calls (FirstBlockCache and its kin), however that was switched on."""
-    return any(hook._is_stateful for part in module.modules() for hook in _hooks(part).values())
+    return any(_is_cache(name, hook) for part in module.modules() for name, hook in _hooks(part).items())
+
+
+def _is_cache(name: str, hook: Any) -> bool:
+    """Whether a hook belongs to a step cache: by name, or because it keeps state."""
+    return hook._is_stateful or name.startswith(_CACHES)
 
 
 def _hooks(part: nn.Module) -> dict[str, Any]:
@@ -132,7 +138,7 @@ class ProbeWeights:
             for name, hook in _hooks(part).items():
                 if name == _GROUP_OFFLOADING:
                     self._onload(hook.group)
-                if hook._is_stateful or name in _PASSED_BY:
+                if _is_cache(name, hook) or name in _PASSED_BY:
                     _pass_by(hook, restore)
         for part in module.modules():
             if getattr(part, "gradient_checkpointing", False):

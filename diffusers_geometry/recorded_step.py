@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .denoiser import Denoiser
-from .difference import is_out_of_memory, require_finite
+from .difference import check_derivative, is_out_of_memory, require_finite
 from .drive import Drive
 from .ending import Ending
 from .jacobian import Derivative, Jacobian
@@ -30,7 +30,6 @@ Branch = Literal["guided", "conditional", "unconditional"]
 CERTIFICATE_TOLERANCE = 2e-5
 HALF_TOLERANCE = 5e-2  # what half precision may cost where a float32 probe is compared with the pipeline's own number
 DERIVATIVE_TOLERANCE = 3e-5  # between the two engines' reverse products; they agree to rounding or are of different maps
-DIFFERENCE_TOLERANCE = 0.02  # between a derivative and a difference that is short enough
 _OFF_TRAJECTORY = 0.1  # displacement of the certificate's points per coordinate, in units of sigma_t
 
 
@@ -172,7 +171,9 @@ class RecordedStep:
         difference = (driven[1] - driven[2]) / 2
         direction = difference / difference.norm() if difference.any() else torch.ones_like(difference)
         pulled = self._pull(lambda x: self.drive([x])[0], direction)
-        self._check_derivative(pulled, direction, shift, x, driven)
+        with self._weights.scope():
+            what = f"the model output at step {self.index}"
+            check_derivative(lambda p: self.drive([p])[0], x, shift, direction, pulled, what)
         if self._requested == "drive":
             return "drive", on_point
         try:
@@ -267,26 +268,6 @@ class RecordedStep:
                 return model_output(x)
 
         return Jacobian(probed, to_float32(self.sample)).vjp(direction)
-
-    def _check_derivative(self, pulled: Tensor, direction: Tensor, shift: Tensor, x: Tensor, driven: list[Tensor]) -> None:
-        """Compares the driven loop's derivative with its difference; RuntimeError when something cuts the gradient.
-
-        Over 0.1 sigma_t a curved network differs by as much as one whose gradient is cut in part; the step is then shortened until
-        they agree, which the latter's never do.
-        """
-        rounding = 10 * torch.finfo(x.dtype).eps * driven[0].norm().item()
-        for share in (1.0, 0.3, 0.1, 0.03, 0.01):
-            if share < 1:
-                with self._weights.scope(), torch.no_grad():
-                    driven = [driven[0], *self.drive([x + share * shift, x - share * shift])]
-            slope, found = share * (pulled * shift).sum().item(), ((driven[1] - driven[2]) / 2 * direction).sum().item()
-            if abs(slope - found) <= DIFFERENCE_TOLERANCE * abs(found) + rounding:
-                return
-        raise RuntimeError(
-            f"the derivative of the model output at step {self.index} differs by {abs(slope / found - 1):.1e} from its finite "
-            "difference. Expected a network that can be differentiated: detach, no_grad or rounding inside it, or a __call__ "
-            "that calls another under no_grad, hides its Jacobian. For a black box pass derivative='difference'."
-        )
 
 
 def _relative(value: Tensor, reference: Tensor) -> float:

@@ -213,3 +213,18 @@ def test_half_precision_decoders_are_probed_in_float32_and_left_alone():
     u, v = randn(3, 16, 16), randn(4, 8, 8)
     assert float((jacobian.jvp(v) * u).sum()) == pytest.approx(float((jacobian.vjp(u) * v).sum()), rel=1e-3)
     assert {name: (p.dtype, p.data_ptr()) for name, p in pipe.vae.named_parameters()} == before
+
+
+def test_a_decoder_that_cuts_its_gradient_is_noticed():
+    """Half of the path runs under no_grad: products are finite, adjoint, and wrong."""
+    weight, other = randn(5, 3), randn(5, 3, seed=1)
+
+    def decoder(z):
+        with torch.no_grad():
+            hidden = z @ other.T
+        return z @ weight.T + hidden
+
+    denoiser = Denoiser.from_function(lambda x: 0.5 * x, alpha_t=1.0, sigma_t=0.5, continuation=Continuation.from_decoder(decoder))
+    for of in ("decoder", "decoded"):
+        with pytest.raises(RuntimeError, match=f"the derivative of of='{of}' differs"):
+            denoiser.jacobian(randn(3), of)

@@ -245,13 +245,14 @@ def test_training_makes_the_gap():
     assert errors == sorted(errors, reverse=True)
 
 
-def test_the_command_line_analyses_a_folder_of_the_zoo(tmp_path, capsys):
+@pytest.mark.parametrize(("name", "pipeline"), [("sd-mnist", "StableDiffusionPipeline"), ("sd3-mnist", "StableDiffusion3Pipeline")])
+def test_the_command_line_analyses_a_folder_of_the_zoo(name, pipeline, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["analyze", str(ZOO / "sd-mnist"), "--prompt", "a thick slanted seven", "--steps", "6", "--record-steps", "2",
+        main(["analyze", str(ZOO / name), "--prompt", "a thick slanted seven", "--steps", "6", "--record-steps", "2",
               "--output", str(tmp_path), "--json"])  # fmt: skip
     assert stop.value.code == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["settings"]["pipeline"] == "StableDiffusionPipeline"
+    assert document["settings"]["pipeline"] == pipeline
     assert [row["engine"] for row in document["steps"]] == ["replay", "replay"]
     assert (tmp_path / "geometry.png").stat().st_size > 10_000
 

@@ -59,7 +59,8 @@ def allegro():
         down_block_types=("AllegroDownBlock3D",) * 4, up_block_types=("AllegroUpBlock3D",) * 4, block_out_channels=(8,) * 4,
         latent_channels=4, layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4,
     )  # fmt: skip
-    vae.enable_tiling()  # it decodes in no other way
+    vae.enable_tiling()  # it decodes in no other way, and its tiles are larger than this picture
+    vae.kernel = vae.stride = (8, 32, 32)
     scheduler = diffusers.EulerAncestralDiscreteScheduler(**SCALED_LINEAR)
     return pipeline(
         "AllegroPipeline", tokenizer=None, text_encoder=None, vae=random_weights(vae), transformer=random_weights(transformer),
