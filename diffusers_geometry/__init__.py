@@ -26,11 +26,13 @@ _HOME = {
     "GeometryStableDiffusionPipeline": "mixin",
     "GeometryStableDiffusionXLPipeline": "mixin",
     "GeometryTrace": "trajectory",
+    "GeometryTrainingCallback": "training_callback",
     "GeometryVectorPipeline": "vector",
     "Jacobian": "jacobian",
     "Spectrum": "spectrum",
     "TransitionReport": "transition_report",
     "VectorNetwork": "vector",
+    "best_of": "best_of",
     "dense_spectrum": "spectrum",
     "estimate_trace": "stochastic",
     "golub_kahan_spectrum": "golub_kahan",
@@ -43,6 +45,7 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
+    from .best_of import best_of as best_of
     from .capture import record as record
     from .dataset import GeometryDataset as GeometryDataset
     from .denoiser import Denoiser as Denoiser
@@ -65,6 +68,7 @@ if TYPE_CHECKING:
     from .spectrum import Spectrum as Spectrum
     from .spectrum import dense_spectrum as dense_spectrum
     from .stochastic import estimate_trace as estimate_trace
+    from .training_callback import GeometryTrainingCallback as GeometryTrainingCallback
     from .trajectory import GeometryTrace as GeometryTrace
     from .transition_report import TransitionReport as TransitionReport
     from .transitions import measure_transitions as measure_transitions

@@ -42,6 +42,7 @@ NUMERICAL = [
     "transition_report",
     "viz",
     "comparison",
+    "training_trace",
 ]
 HOST = [
     "bundled",
@@ -69,6 +70,8 @@ HOST = [
     "reward_card",
     "objectives",
     "guidance",
+    "best_of",
+    "training_callback",
     "mixin",
     "vector",
     "exact_network",
