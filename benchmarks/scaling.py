@@ -17,8 +17,8 @@ import torch
 from diffusers import UNet2DModel
 
 from diffusers_geometry import Denoiser, golub_kahan_spectrum
-from diffusers_geometry.costs import measure_costs
 from diffusers_geometry.budget import PRODUCTS_PER_VALUE, plan_probe
+from diffusers_geometry.costs import measure_costs
 
 SHAPES = ((1, 32, 32), (3, 32, 32), (4, 64, 64))
 

@@ -115,7 +115,7 @@ def plan_probe(
 
     if continued and method in ("perturbation", "central_difference"):
         raise ValueError(
-            f"spectrum={method!r} is of denoisers, not of of={of!r}. Expected spectrum='auto', 'dense', 'golub_kahan' or 'randomized'."
+            f"spectrum={method!r} is of denoisers, not of of={of!r}. Expected 'auto', 'dense', 'golub_kahan' or 'randomized'."
         )
     if method in ("golub_kahan", "randomized") and not reverse:
         raise ValueError(
@@ -139,8 +139,8 @@ def plan_probe(
     available = available_memory()
     if available is not None and plan.memory > available:
         raise ValueError(
-            f"{plan.method} needs {said_bytes(plan.memory)} for its matrices and bases; {said_bytes(available)} are free. Expected fewer "
-            "singular values, a smaller max_products, or spectrum='golub_kahan' instead of a matrix."
+            f"{plan.method} needs {said_bytes(plan.memory)} for its matrices and bases; {said_bytes(available)} are free. Expected "
+            "fewer singular values, a smaller max_products, or spectrum='golub_kahan' instead of a matrix."
         )
     return plan
 

@@ -130,7 +130,7 @@ def selfcheck(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Put a manifold of known geometry behind the model's pipeline and scheduler, and compare what is measured (status 1 if wrong)."""
+    """Put a manifold of known geometry behind the model's pipeline and scheduler, and compare; status 1 if an answer is wrong."""
     from .selfcheck import selfcheck as check
 
     pipe, arguments = _load(locals())

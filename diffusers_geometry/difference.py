@@ -59,8 +59,8 @@ def check_derivative(fn: BatchedMap, x: Tensor, shift: Tensor, direction: Tensor
             return
     off = abs(slope / found - 1) if found else math.inf
     raise RuntimeError(
-        f"the derivative of {what} differs by {off:.1e} from its finite difference. Expected one that can be differentiated: "
-        "detach, no_grad or rounding inside it, or a __call__ that calls another under no_grad, hides its Jacobian. For a black box pass "
+        f"the derivative of {what} differs by {off:.1e} from its finite difference. Expected one with a gradient: detach, "
+        "no_grad or rounding inside it, or a __call__ that calls another under no_grad, hides its Jacobian. For a black box pass "
         "derivative='difference'."
     )
 

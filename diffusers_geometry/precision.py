@@ -5,8 +5,8 @@ tensor (the same storage when it is float32 already, a cached copy when it is ha
 such a module are raised to float32. On leaving, the original objects are put back: same tensors, same dtype, same flags.
 
 What diffusers hooks into a network's ``forward`` to save time or memory is passed by meanwhile, without being removed: step caches,
-which make the output depend on earlier calls (they poison a difference by tens of per cent); layerwise casting, which rounds weights
-inside the forward pass; group offloading, whose weights are copied to where it would load them.
+which make the output depend on earlier calls (they poison a difference by tens of per cent); layerwise casting, which rounds
+weights inside the forward pass; group offloading, whose weights are copied to where it would load them.
 """
 
 from __future__ import annotations

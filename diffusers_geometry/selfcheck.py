@@ -1,9 +1,9 @@
 """Known answers behind the user's own pipeline class and scheduler: does this installation measure what it should?
 
 The pipeline's denoiser is replaced, on a private copy, by an exact linear manifold x_0 = F z with orthonormal F (d, m) and
-z_i ~ N(0, v_i). Then everything is known in closed form: D' has the eigenvalues v_i / (v_i + sigma^2) and d - m zeros, psi is the sum of their
-logarithms, FLIPD and the trace follow, and every sample ends on the manifold. Recording, engines, noise levels, estimators and the
-sampler itself are run and compared. The user's own network is evaluated again at recorded points, with its caches.
+z_i ~ N(0, v_i). Then everything is known in closed form: D' has the eigenvalues v_i / (v_i + sigma^2) and d - m zeros, psi is the
+sum of their logarithms, FLIPD and the trace follow, and every sample ends on the manifold. Recording, engines, noise levels,
+estimators and the sampler itself are run and compared. The user's own network is evaluated again at recorded points.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@ from tiny import ddpm_pipeline, pixel_call, randn
 from torch import nn
 
 from diffusers_geometry import Denoiser, Jacobian, estimate_trace, golub_kahan_spectrum, record, with_geometry
+from diffusers_geometry.budget import STEP_PRODUCTS
 from diffusers_geometry.dimension import flipd
 from diffusers_geometry.exact import LinearManifoldDenoiser, MixtureDenoiser
-from diffusers_geometry.budget import STEP_PRODUCTS
 from diffusers_geometry.selfcheck import exact_network
 from diffusers_geometry.spectrum import dense_spectrum
 

@@ -195,7 +195,7 @@ def test_what_is_not_known_is_refused():
     with pytest.raises(ValueError, match="needs to know what follows this step"):
         alone.jacobian(randn(3), "decoded")
     pipe = with_geometry(dit_pipeline())
-    with pytest.raises(ValueError, match="Expected spectrum='auto', 'dense', 'golub_kahan' or 'randomized'"):
+    with pytest.raises(ValueError, match="Expected 'auto', 'dense', 'golub_kahan' or 'randomized'"):
         pipe.analyze_geometry(**dit_call(), of="decoded", spectrum="central_difference", progress=False)
     recording, _ = recorded(sd_pipeline(), sd_call())
     conditional = recording[0].branch("conditional").select(0)

@@ -100,7 +100,8 @@ def test_no_argument_collides_with_any_pipeline():
     taken = pipeline_call_arguments()
     assert len(taken) > 200
     assert "num_inference_steps" in taken
-    methods = [m for m in ("analyze_geometry", "plan_geometry", "measure_transitions", "generate_with_geometry") if hasattr(GeometryMixin, m)]
+    names = ("analyze_geometry", "plan_geometry", "measure_transitions", "generate_with_geometry")
+    methods = [name for name in names if hasattr(GeometryMixin, name)]
     assert "analyze_geometry" in methods
     for method in methods:
         parameters = inspect.signature(getattr(GeometryMixin, method)).parameters.values()

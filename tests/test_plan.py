@@ -7,11 +7,11 @@ import torch
 from tiny import ddpm_pipeline, pixel_call, sd_call, sd_pipeline
 
 from diffusers_geometry import Jacobian, record, with_geometry
+from diffusers_geometry.budget import plan_probe
 from diffusers_geometry.bundled import DIGITS
 from diffusers_geometry.costs import ProductCosts
 from diffusers_geometry.difference import evaluate
 from diffusers_geometry.mixin import GeometryDDPMPipeline
-from diffusers_geometry.budget import plan_probe
 from diffusers_geometry.plan import fit_to_limits
 from diffusers_geometry.quadrature import lanczos_quadrature
 from diffusers_geometry.spectrum import dense_spectrum

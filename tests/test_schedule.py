@@ -37,7 +37,8 @@ CASES += [(name, {"prediction_type": p, "clip_sample": False}) for name in ("Cog
           for p in ("epsilon", "v_prediction")]  # fmt: skip
 CASES += [("DDPMWuerstchenScheduler", {}), ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True})]
 # These end at a positive sigma and so keep sigma_end epsilon, or re-noise at the end by design.
-ENDS_NOISY = {"PNDMScheduler", "DEISMultistepScheduler", "LCMScheduler", "TCDScheduler", "CogVideoXDPMScheduler", "DDPMWuerstchenScheduler"}
+ENDS_NOISY = {"PNDMScheduler", "DEISMultistepScheduler", "LCMScheduler", "TCDScheduler", "CogVideoXDPMScheduler",
+              "DDPMWuerstchenScheduler"}  # fmt: skip
 
 
 def make(name, config, steps=10):

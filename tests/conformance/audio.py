@@ -94,8 +94,8 @@ def stable_audio():
         prediction_type="v_prediction", sigma_data=1.0, sigma_schedule="exponential", sigma_min=0.3, sigma_max=500
     )
     return pipeline(
-        "StableAudioPipeline", vae=random_weights(vae), text_encoder=t5_encoder(), projection_model=random_weights(projection),
-        tokenizer=None, transformer=random_weights(transformer), scheduler=scheduler,
+        "StableAudioPipeline", vae=random_weights(vae, gain=0.3), text_encoder=t5_encoder(), tokenizer=None,
+        projection_model=random_weights(projection), transformer=random_weights(transformer), scheduler=scheduler,
     )  # fmt: skip
 
 

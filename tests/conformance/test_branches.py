@@ -8,8 +8,8 @@ from diffusers_geometry import record
 
 SCALES = {  # how the class states w
     "StableDiffusionPipeline": "guidance_scale", "StableDiffusionXLPipeline": "guidance_scale", "DiTPipeline": "guidance_scale",
-    "PixArtAlphaPipeline": "guidance_scale", "StableDiffusion3Pipeline": "guidance_scale", "FluxPipeline true CFG": "true_cfg_scale",
-    "AuraFlowPipeline": "guidance_scale", "WanPipeline": "guidance_scale", "LTXPipeline": "guidance_scale",
+    "PixArtAlphaPipeline": "guidance_scale", "StableDiffusion3Pipeline": "guidance_scale", "AuraFlowPipeline": "guidance_scale",
+    "FluxPipeline true CFG": "true_cfg_scale", "WanPipeline": "guidance_scale", "LTXPipeline": "guidance_scale",
     "CogVideoXPipeline": "guidance_scale", "AudioLDM2Pipeline": "guidance_scale", "HunyuanVideoPipeline true CFG": "true_cfg_scale",
 }  # fmt: skip
 

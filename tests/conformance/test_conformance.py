@@ -32,6 +32,8 @@ BY_COUNT = (
     "StableDiffusion3Pipeline layers skipped at first",
     "StableDiffusionLatentUpscalePipeline",
 )  # loops that act by their count; all but their first step is answered
+POSITIONS = {"HiDreamImagePipeline": (0, 2, -1)}  # its experts, under no_grad, matter in the middle of the run
+NOT_DECODED = {"LDMSuperResolutionPipeline": "the derivative of of='decoded' differs"}  # a codebook: steps, no slope
 NOT_SAMPLED = "draws noise|ends .* away from|did not take the loop"
 ROWS = {}
 
@@ -76,7 +78,7 @@ def recorded_run(pair):
     for first in (0, 1):
         run.words = None
         try:
-            with record(pipe, [first, -1]) as recording:
+            with record(pipe, POSITIONS.get(pair[0].name, (first, -1))) as recording:
                 run.output = called(pipe, pair[0])
             run.recording = recording
             run.engines = [step.engine for step in recording]
@@ -214,9 +216,10 @@ def test_maps_beyond_the_denoiser(run, of):
         refusal = str(error)
     if refusal is not None:
         add_row(run, **{of: "no"}, why=refusal)
-        assert of == "sampled"
-        assert re.search(NOT_SAMPLED, refusal)
+        expected = NOT_SAMPLED if of == "sampled" else NOT_DECODED[run.case.name]
+        assert re.search(expected, refusal)
         return
+    assert of == "sampled" or run.case.name not in NOT_DECODED
     generator = torch.Generator().manual_seed(5)
     u, v = (torch.randn(shape, generator=generator) for shape in (jacobian.value.shape, x_t.shape))
     pushed, pulled = jacobian.jvp(v), jacobian.vjp(u)

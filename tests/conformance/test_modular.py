@@ -10,7 +10,7 @@ from oracle import own_loop_output
 from diffusers_geometry import record, with_geometry
 from diffusers_geometry.selfcheck import selfcheck
 
-CALL = {"prompt": "a thick slanted seven", "num_inference_steps": 6}
+CALL = {"prompt": "a thick slanted seven", "negative_prompt": "", "num_inference_steps": 6}
 
 
 def seeded():
@@ -49,7 +49,7 @@ def test_recording_and_both_engines(pipes):
 
 
 def test_the_same_geometry_as_the_class(pipes):
-    """Guidance of both is w = 7 or what is asked; at equal guidance they are one function."""
+    """At equal guidance they are one function. (Without a negative prompt the modular one guides away from the prompt itself.)"""
     modular, classic = pipes
     modular.update_components(guider=diffusers.ClassifierFreeGuidance(guidance_scale=4.0))
     with record(classic, [2]) as first:
