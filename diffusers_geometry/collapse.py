@@ -17,7 +17,7 @@ from .clones import noised
 from .estimate import Estimate
 from .pipeline_call import PipelineCall
 from .theory import EmpiricalCollapse, held_out_information
-from .transition_report import covariance_spectrum, crossing
+from .transition_report import covariance_eigenvalues, crossing
 
 HELD_OUT_LEVELS = 40  # the area under the errors is a trapezoid rule over these
 _ENCODED_AT_ONCE = 16
@@ -102,7 +102,7 @@ def data_collapse(samples: Tensor, num_draws: int, generator: torch.Generator) -
 def held_out_collapse(measured: tuple[np.ndarray, Tensor], samples: Tensor) -> Estimate | None:
     """Where the information from errors on unseen examples falls to log n; None where it does not within the run's noise."""
     sigmas, errors = measured
-    information = held_out_information(sigmas, errors, covariance_spectrum(samples.flatten(1))[0])
+    information = held_out_information(sigmas, errors, covariance_eigenvalues(samples.flatten(1)))
     values, sems = (np.array([getattr(i, name) for i in information]) for name in ("value", "sem"))
     low, value, high = (crossing(sigmas, values + shift * sems, math.log(len(samples))) for shift in (-1, 0, 1))
     if value is None:

@@ -8,7 +8,8 @@ The speciation sigma is where the agreement falls to a chosen level: the agreeme
 joined by a monotone cubic in log sigma, and its error is that of a bootstrap over the parents.
 
 **The quick prediction** of Biroli et al. (arXiv:2402.18491) is sigma_S^2 = Lambda, the top eigenvalue of the data covariance:
-|mu|^2 + v for two classes, against |mu|^2 / a - v for the level's a.
+|mu|^2 + v for two classes, against |mu|^2 / a - v for the level's a. In d >> n dimensions the top eigenvalue of n samples is mostly
+theirs, not the data's; Lambda is therefore the variance of one half of them along the direction of the other.
 """
 
 from __future__ import annotations
@@ -83,12 +84,12 @@ class TransitionReport:
         agreements: Share of agreement of every parent, (P, K).
         level: Agreement that defines speciation.
         speciation: Measured sigma_S; None where the agreements do not cross the level.
-        top_eigenvalue_sigma: sqrt(Lambda), the quick prediction.
+        top_eigenvalue_sigma: sqrt(Lambda), the quick prediction, see :func:`top_eigenvalue`; None of fewer than four samples.
         pairs: All pairs of classes, and what theory says for each.
         recall: Share of U-turns of an example whose nearest neighbour in the data is that example, (K,); None without data.
         exact_recall: The parent's weight in the exact score of the data at the same points, (K,).
         collapse: sigma_C of the data by "weight" (E w = 1/2), "log_odds" (E log(w / (1 - w)) = 0), and with unseen data
-            "held_out" (information from the model's errors = log n; an upper estimate).
+            "held_out" (information from the model's errors = log n; an upper estimate; None where no crossing is found).
         settings: How it was measured.
     """
 
@@ -99,11 +100,11 @@ class TransitionReport:
     agreements: np.ndarray
     level: float
     speciation: Estimate | None
-    top_eigenvalue_sigma: Estimate
+    top_eigenvalue_sigma: Estimate | None
     pairs: list[ClassPair]
     recall: list[Estimate] | None = None
     exact_recall: list[Estimate] | None = None
-    collapse: dict[str, Estimate] = field(default_factory=dict)
+    collapse: dict[str, Estimate | None] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -137,14 +138,24 @@ class TransitionReport:
     def findings(self) -> list[tuple[str, str]]:
         """(what, value) of every transition, in words."""
         found = [(f"speciation, measured agreement = {self.level:g}", self._speciation())]
-        found.append(("speciation, square root of the top covariance eigenvalue", str(self.top_eigenvalue_sigma)))
+        count = self.settings.get("samples_for_predictions")
+        of = "" if count is None else f" on halves of {count} samples"
+        found.append((f"speciation, square root of the top covariance eigenvalue{of}", self._top_eigenvalue()))
         given = sorted((p for p in self.pairs if p.sigma is not None), key=lambda p: p.sigma.value)
         names = ("closest", "farthest") if len(given) > 1 else ("only",)
         for name, pair in zip(names, (given[:1] + given[-1:])[: len(names)], strict=False):
             found.append((f"speciation, theory for the {name} pair of classes {pair.classes}", str(pair.sigma)))
         says = {"weight": "exact score of the data, E w = 1/2", "log_odds": "exact score of the data, E log(w/(1-w)) = 0",
                 "held_out": "errors on unseen data (upper estimate)"}  # fmt: skip
-        return found + [(f"collapse, {says[k]}", str(v)) for k, v in self.collapse.items()]
+        missing = "not within the run's noise"
+        return found + [(f"collapse, {says[k]}", missing if v is None else str(v)) for k, v in self.collapse.items()]
+
+    def _top_eigenvalue(self) -> str:
+        mark = self.top_eigenvalue_sigma
+        if mark is None:
+            return "not found: of four samples or more only"
+        loose = mark.bias is not None and mark.sem is not None and -mark.bias > 2 * mark.sem
+        return str(mark) + (f" (up to {mark.value - mark.bias:.4g}, in the samples themselves)" if loose else "")
 
     def _speciation(self) -> str:
         if self.speciation is not None:
@@ -189,7 +200,7 @@ class TransitionReport:
             given[name] = None if given[name] is None else Estimate(**given[name])
         for name in ("recall", "exact_recall"):
             given[name] = None if given[name] is None else [Estimate(**e) for e in given[name]]
-        given["collapse"] = {k: Estimate(**e) for k, e in given["collapse"].items()}
+        given["collapse"] = {k: None if e is None else Estimate(**e) for k, e in given["collapse"].items()}
         given["pairs"] = [
             ClassPair(**p | {"classes": tuple(p["classes"]), "sigma": None if p["sigma"] is None else Estimate(**p["sigma"])})
             for p in given["pairs"]
@@ -251,13 +262,50 @@ def speciation_sigma(
     return Estimate(value, sem=value * float(found.std(ddof=1)) if len(found) > 1 else None, bias=None, converged=enough)
 
 
-def covariance_spectrum(samples: Tensor) -> tuple[np.ndarray, Estimate]:
-    """Eigenvalues of the covariance of samples (n, d), descending, min(n, d) of them; the largest with its error over samples."""
+def covariance_eigenvalues(samples: Tensor) -> np.ndarray:
+    """Eigenvalues of the covariance of samples (n, d), descending, min(n, d) of them: the largest too large where d >> n."""
     centred = samples.double() - samples.double().mean(0)
-    scores, scale, _ = torch.linalg.svd(centred, full_matrices=False)
-    top = (scores[:, 0] * scale[0]).square()
-    values = (scale**2 / (len(samples) - 1)).numpy()
-    return values, Estimate(float(values[0]), sem=(top.std() / math.sqrt(len(top))).item(), bias=None)
+    return (torch.linalg.svdvals(centred).square() / (len(samples) - 1)).numpy()
+
+
+def top_eigenvalue(samples: Tensor, generator: torch.Generator | None = None) -> Estimate | None:
+    """Lambda of the covariance of samples (n, d): the variance of one random half along the top direction of the other, both ways.
+
+    No direction has a larger variance than Lambda, and the top eigenvalue of a sample is never below it, both in expectation:
+    ``bias`` is the first less the second, which bounds it. Along one direction the halves err independently; along two unlike ones
+    both look at the same chance overlaps of the halves, and are taken to err together.
+
+    Args:
+        samples: Shape (n, d).
+        generator: Draws the halves.
+
+    Returns:
+        None of fewer than four samples.
+    """
+    if len(samples) < 4:
+        return None
+    x = samples.double()
+    half = torch.randperm(len(x), generator=generator).to(x.device).chunk(2)
+    values, errors, directions = [], [], []
+    for fit, held in (half, half[::-1]):
+        direction = torch.linalg.svd(x[fit] - x[fit].mean(0), full_matrices=False).Vh[0]
+        squares = ((x[held] - x[held].mean(0)) @ direction).square() * len(held) / (len(held) - 1)
+        values.append(squares.mean().item())
+        errors.append(squares.std().item() / math.sqrt(len(held)))
+        directions.append(direction)
+    alike = min((directions[0] @ directions[1]).square().item(), 1.0)
+    variance = (errors[0] ** 2 + errors[1] ** 2 + 2 * (1 - alike) * errors[0] * errors[1]) / 4
+    value = sum(values) / 2
+    return Estimate(value, sem=math.sqrt(variance), bias=value - float(covariance_eigenvalues(samples)[0]))
+
+
+def square_root(estimate: Estimate | None) -> Estimate | None:
+    """Of a number >= 0, with its error; that of zero is not known."""
+    if estimate is None:
+        return None
+    root = math.sqrt(estimate.value)
+    bias = None if estimate.bias is None else root - math.sqrt(estimate.value - estimate.bias)
+    return Estimate(root, sem=estimate.sem / (2 * root) if root > 0 else None, bias=bias)
 
 
 def _cell(row: dict[str, Any], name: str) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -27,9 +26,8 @@ from tqdm.auto import tqdm
 
 from .clones import Classes, Experiment, Parents
 from .collapse import as_samples, data_collapse, held_out_collapse, held_out_errors
-from .estimate import Estimate
 from .restart import Restart, Schedule
-from .transition_report import ClassPair, TransitionReport, covariance_spectrum, speciation_sigma
+from .transition_report import ClassPair, TransitionReport, speciation_sigma, square_root, top_eigenvalue
 
 
 def measure_transitions(
@@ -105,12 +103,10 @@ def measure_transitions(
     measured = [experiment.at(i, gesture) for i in tqdm(range(len(positions)), disable=not progress, desc="branches")]
     agreements, recall, exact_recall = zip(*measured, strict=True)
     agreements, sigmas = np.stack(agreements, axis=1), tuple(step.sigma for step in parents.steps)
-    spectrum = covariance_spectrum(reference.flatten(1))[1]
-    root = math.sqrt(spectrum.value)
     return TransitionReport(
         positions=tuple(positions), sigmas=sigmas, gesture=gesture, stochastic=stochastic, agreements=agreements,
         level=float(agreement_level), speciation=speciation_sigma(sigmas, agreements, agreement_level, seed=clone_seed),
-        top_eigenvalue_sigma=Estimate(root, sem=spectrum.sem / (2 * root), bias=None),
+        top_eigenvalue_sigma=square_root(top_eigenvalue(reference.flatten(1), generator)),
         pairs=_pairs(reference, classes.of(reference), agreement_level, stochastic),
         recall=None if samples is None else list(recall), exact_recall=None if samples is None else list(exact_recall),
         collapse=collapse,

@@ -131,7 +131,8 @@ def plot_transitions(report: TransitionReport, path: str | os.PathLike | None = 
     panels[0].axhline(report.level, color="#999999", linewidth=0.8, linestyle="--")
     if report.speciation is not None:
         _draw_mark(panels[0], report.speciation, "#1f78b4", "speciation")
-    _draw_mark(panels[0], report.top_eigenvalue_sigma, "#ff7f00", "√Λ")
+    if report.top_eigenvalue_sigma is not None:
+        _draw_mark(panels[0], report.top_eigenvalue_sigma, "#ff7f00", "√Λ")
     panels[0].set_ylabel("agreement of classes")
     if report.recall:
         _draw_estimates(panels[1], sigmas, report.recall, shown, "#e31a1c", "U-turns that return to their example (± 2 s.e.)")
