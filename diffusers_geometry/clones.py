@@ -104,7 +104,7 @@ class Classes:
     def label(self, ends: Tensor, images: Any) -> np.ndarray:
         """Labels of ends (n, *dims) that were decoded to ``images``."""
         if self.classify is None:
-            return vq(ends.flatten(1).double().cpu().numpy(), self.centres)[0]
+            return vq(ends.flatten(1).cpu().double().numpy(), self.centres)[0]
         labels = self.classify(images)
         labels = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
         if labels.shape != (len(images),) or labels.dtype.kind not in "biuUS":

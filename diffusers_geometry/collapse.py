@@ -85,7 +85,7 @@ def held_out_errors(
             with torch.no_grad():
                 found.append(denoiser.denoised(full)[: len(chunk)])
         sigmas.append(step.sigma)
-        errors.append((torch.cat(found).double() - x_0.double()).square().flatten(1).sum(1).cpu())
+        errors.append((torch.cat(found).cpu().double() - x_0.cpu().double()).square().flatten(1).sum(1))
     return np.array(sigmas), torch.stack(errors)
 
 

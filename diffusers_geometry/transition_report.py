@@ -264,7 +264,7 @@ def speciation_sigma(
 
 def covariance_eigenvalues(samples: Tensor) -> np.ndarray:
     """Eigenvalues of the covariance of samples (n, d), descending, min(n, d) of them: the largest too large where d >> n."""
-    centred = samples.double() - samples.double().mean(0)
+    centred = samples.cpu().double() - samples.cpu().double().mean(0)
     return (torch.linalg.svdvals(centred).square() / (len(samples) - 1)).numpy()
 
 
@@ -284,8 +284,8 @@ def top_eigenvalue(samples: Tensor, generator: torch.Generator | None = None) ->
     """
     if len(samples) < 4:
         return None
-    x = samples.double()
-    half = torch.randperm(len(x), generator=generator).to(x.device).chunk(2)
+    x = samples.cpu().double()
+    half = torch.randperm(len(x), generator=generator).chunk(2)
     values, errors, directions = [], [], []
     for fit, held in (half, half[::-1]):
         direction = torch.linalg.svd(x[fit] - x[fit].mean(0), full_matrices=False).Vh[0]

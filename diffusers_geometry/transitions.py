@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import numbers
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -148,15 +149,22 @@ def _pairs(reference: Tensor, labels: np.ndarray, level: float, stochastic: bool
     return [ClassPair.between(p, groups[p[0]], groups[p[1]], level, stochastic) for p in itertools.combinations(groups, 2)]
 
 
+def _check_branches(positions: Any, least: dict[str, int]) -> None:
+    """Raises ValueError for what is neither a number (checked with the others, in ``least``), nor positions, nor "all"."""
+    if isinstance(positions, (int, np.integer)):
+        least["branch_positions"] = 2
+    elif not isinstance(positions, (Sequence, np.ndarray)) or (
+        positions != "all" if isinstance(positions, str) else not all(isinstance(k, (int, np.integer)) for k in positions)
+    ):
+        raise ValueError(f"branch_positions={positions!r}. Expected a number, loop positions, or 'all'.")
+    elif not len(positions):
+        raise ValueError("branch_positions is empty. Expected at least one loop position, a number of them, or 'all'.")
+
+
 def _check(given: dict[str, Any]) -> None:
     """Raises ValueError for an argument out of range, before anything runs."""
     least = {"num_clusters": 2, "num_parents": 2, "num_clones": 2, "num_draws": 2, "clone_seed": 0}
-    if isinstance(given["branch_positions"], (int, np.integer)):
-        least["branch_positions"] = 2
-    elif given["branch_positions"] != "all" and not all(isinstance(k, (int, np.integer)) for k in given["branch_positions"]):
-        raise ValueError(f"branch_positions={given['branch_positions']!r}. Expected a number, loop positions, or 'all'.")
-    elif not len(given["branch_positions"]):
-        raise ValueError("branch_positions is empty. Expected at least one loop position, a number of them, or 'all'.")
+    _check_branches(given["branch_positions"], least)
     for name, smallest in least.items():
         try:
             number = operator.index(given[name])
@@ -164,13 +172,18 @@ def _check(given: dict[str, Any]) -> None:
             number = -1
         if number < smallest or isinstance(given[name], bool):
             raise ValueError(f"{name}={given[name]!r}. Expected an integer >= {smallest}.")
-    if not 0.5 < given["agreement_level"] < 1:
-        raise ValueError(f"agreement_level={given['agreement_level']}. Expected 0.5 < agreement_level < 1.")
+    level = given["agreement_level"]
+    if not isinstance(level, numbers.Real) or not 0.5 < level < 1:
+        raise ValueError(f"agreement_level={level!r}. Expected 0.5 < agreement_level < 1.")
+    if given["classify"] is not None and not callable(given["classify"]):
+        raise ValueError(f"classify={given['classify']!r}. Expected None or a function from B decoded images to B labels.")
     if given["gesture"] not in ("auto", "clones", "u_turn"):
         raise ValueError(f"gesture={given['gesture']!r}. Expected 'auto', 'clones' or 'u_turn'.")
     if given["held_out"] is not None and given["data"] is None:
         raise ValueError(
             "held_out without data. Expected data too: they collapse where the information is the log of their number."
         )
+    if given["held_out"] is not None and len(given["held_out"]) < 2:
+        raise ValueError(f"held_out has {len(given['held_out'])} examples. Expected at least 2: its error is their spread.")
     if getattr(given["pipe"], "scheduler", None) is None:
         raise ValueError(f"{type(given['pipe']).__name__} has no scheduler. Expected a diffusers pipeline that denoises with one.")

@@ -117,3 +117,15 @@ def test_information_of_an_exact_denoiser_from_its_errors():
 def test_bad_input_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_an_error_above_its_value_has_not_converged():
+    """Two draws of a cloud beside one far point: the mean weight falls in two steps, and is a half between them."""
+    data = torch.cat([1e-3 * torch.randn(20, 3, generator=seeded(0)), torch.tensor([[1e3, 0.0, 0.0]])])
+    collapse = EmpiricalCollapse(data, num_draws=2, generator=seeded(0))
+    collapse.parents = torch.tensor([0, 20])
+    found = collapse.sigma("weight")
+    assert found.sem is None or found.sem > found.value
+    assert not found.converged
+    assert not collapse.time("weight").converged
+    assert EmpiricalCollapse(torch.randn(50, 4, generator=seeded(1)), generator=seeded(2)).sigma("weight").converged

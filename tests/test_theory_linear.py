@@ -261,6 +261,8 @@ def test_the_exact_denoiser_has_the_effective_dimension():
             r"fractions=\(0.5, 0.6\). Expected 2 numbers > 1e-20 that sum to 1",
         ),
         ({"dim_ratio": 0.5, "variances": (1, 2), "fractions": (1.0,)}, r"Expected 2 numbers"),
+        ({"dim_ratio": 0.4, "variances": 2.0}, r"variances=2.0. Expected a sequence of numbers, one for each group of columns"),
+        ({"dim_ratio": 0.4, "fractions": 1.0}, r"fractions=1.0. Expected a sequence of numbers"),
         ({"dim_ratio": 0.5, "norm": "n"}, r"norm='n'. Expected 'm' or 'd'"),
     ],
 )

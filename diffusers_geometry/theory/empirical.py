@@ -52,7 +52,7 @@ class EmpiricalCollapse:
     def __init__(self, data: Tensor, *, num_draws: int = 2000, generator: torch.Generator | None = None) -> None:
         if data.ndim < 1 or len(data) < 3 or not data.isfinite().all():
             raise ValueError(f"data has shape {tuple(data.shape)}. Expected (n, *dims), at least three points, all finite.")
-        points = data.double().reshape(len(data), -1)
+        points = data.detach().cpu().double().reshape(len(data), -1)  # the CPU has float64 everywhere
         if len(points.unique(dim=0)) < len(points):
             raise ValueError("data has copies of points. Expected different ones: a copy takes half of its twin's weight.")
         if num_draws < 2:
@@ -84,7 +84,10 @@ class EmpiricalCollapse:
         return ParentWeight(*(_mean(values) for values in (log_odds.sigmoid(), log_odds)))
 
     def sigma(self, criterion: Literal["weight", "log_odds"] = "weight") -> Estimate:
-        """Noise at which E w = 1/2, or E log(w / (1 - w)) = 0; the error is that of the criterion over its slope."""
+        """Noise at which E w = 1/2, or E log(w / (1 - w)) = 0; the error is that of the criterion over its slope.
+
+        ``converged`` is False where the error exceeds the value: the criterion hardly falls there.
+        """
         if criterion not in ("weight", "log_odds"):
             raise ValueError(f"criterion={criterion!r}. Expected 'weight' or 'log_odds'.")
         level = 0.5 if criterion == "weight" else 0.0
@@ -100,12 +103,14 @@ class EmpiricalCollapse:
         root = brentq(excess, low, high, xtol=1e-6)
         slope = (excess(root + 0.05) - excess(root - 0.05)) / 0.1
         value = math.exp(root)
-        return Estimate(value, sem=value * getattr(self.at(value), criterion).sem / abs(slope))
+        sem = value * getattr(self.at(value), criterion).sem / abs(slope) if slope else math.inf
+        return Estimate(value, sem=sem if math.isfinite(sem) else None, converged=sem <= value)
 
     def time(self, criterion: Literal["weight", "log_odds"] = "weight") -> Estimate:
         """The same as an OU time, 1/2 log(1 + sigma^2)."""
         sigma = self.sigma(criterion)
-        return Estimate(float(time_of_sigma(sigma.value)), sem=sigma.sem * sigma.value / (1 + sigma.value**2))
+        sem = None if sigma.sem is None else sigma.sem * sigma.value / (1 + sigma.value**2)
+        return Estimate(float(time_of_sigma(sigma.value)), sem=sem, converged=sigma.converged)
 
 
 def held_out_information(sigmas: ArrayLike, errors: Tensor, eigenvalues: ArrayLike | None = None) -> list[Estimate]:
@@ -128,7 +133,7 @@ def held_out_information(sigmas: ArrayLike, errors: Tensor, eigenvalues: ArrayLi
     levels = np.asarray(sigmas, float)
     if levels.shape != (len(errors),) or not (levels > 0).all():
         raise ValueError(f"sigmas has shape {levels.shape}. Expected ({len(errors)},), positive numbers, one a row of errors.")
-    each = np.stack([information_from_dimension(levels, column / levels**2) for column in errors.double().numpy().T])
+    each = np.stack([information_from_dimension(levels, column / levels**2) for column in errors.detach().cpu().double().numpy().T])
     tail = 0.0 if eigenvalues is None else gaussian_information(eigenvalues, float(time_of_sigma(levels[-1])))
     sems = each.std(0, ddof=1) / math.sqrt(len(each))
     return [Estimate(float(mean) + tail, sem=float(sem)) for mean, sem in zip(each.mean(0), sems, strict=True)]

@@ -47,10 +47,10 @@ class LinearManifold:
         fractions: Sequence[float] | None = None,
         norm: Literal["m", "d"] = "m",
     ) -> None:
-        variances = [float(v) for v in variances]
+        variances = _group_numbers("variances", variances)
         if fractions is None:
             fractions = [1 / max(len(variances), 1)] * len(variances)
-        fractions = [float(f) for f in fractions]
+        fractions = _group_numbers("fractions", fractions)
         if not (0 < dim_ratio < math.inf):
             raise ValueError(f"dim_ratio={dim_ratio}. Expected a finite number > 0, the ratio m / d.")
         if not variances or not all(0 < v < math.inf for v in variances):
@@ -247,6 +247,12 @@ class LinearManifold:
         """(t, width) at which the eigenvalues of D' are spread widest: t = sqrt(l_- l_+); sqrt(alpha) wide for one variance."""
         low, high = self.bulk_edges()[0][0], self.bulk_edges()[-1][1]
         return math.sqrt(low * high), (math.sqrt(high) - math.sqrt(low)) / (math.sqrt(high) + math.sqrt(low))
+
+
+def _group_numbers(name: str, given: Sequence[float]) -> list[float]:
+    if np.ndim(given) != 1:
+        raise ValueError(f"{name}={given!r}. Expected a sequence of numbers, one for each group of columns, as ({given!r},).")
+    return [float(v) for v in given]
 
 
 def _check_dim(dim: int) -> None:
