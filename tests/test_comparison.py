@@ -1,6 +1,7 @@
 """A run beside the closed form: what agrees has small residuals, what does not has large ones."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -40,6 +41,29 @@ def test_an_exact_denoiser_has_the_predicted_spectrum(trace):
     np.testing.assert_allclose(found.measured.sum(2), found.predicted.sum(1)[:, None] * np.ones(2), atol=1.2)
     np.testing.assert_allclose(found.measured_gaps[:, 0], found.predicted_gaps, atol=0.12)
     assert (found.measured_phases[:, 0] == found.predicted_phases).mean() > 0.8
+
+
+def test_residuals_are_measured_minus_predicted(trace):
+    """A theory of three times the variance expects more of every direction: all residuals that are not nil are negative."""
+    found = trace.compare(LinearManifold(0.4, (3.0, 0.3)))
+    np.testing.assert_array_equal(found.residuals, found.measured - found.predicted[:, None])
+    assert found.residuals[..., :48].max() < 0.05
+    assert found.residuals[..., :48].mean() < -0.05
+    assert found.residuals.sum() < 0
+    row = found.rows()[0]
+    assert row["sum_measured"] - row["sum_predicted"] == pytest.approx(found.residuals[0, 0].sum())
+
+
+def test_phases_are_predicted_at_the_resolution_of_the_trace(trace):
+    theory = LinearManifold(0.4, (1.0, 0.1))
+    coarse = replace(trace, settings=trace.settings | {"phase_resolution": 0.3})
+    consolidation, trivial = theory.phase_times(0.3)
+    times = trace.sigmas**2
+    expected = np.where(times >= trivial, "trivial", np.where(times <= consolidation, "consolidation", "coverage"))
+    found = coarse.compare(theory)
+    np.testing.assert_array_equal(found.predicted_phases, expected)
+    assert (found.predicted_phases != trace.compare(theory).predicted_phases).any()
+    np.testing.assert_array_equal(found.measured_phases, np.asarray(coarse.phases.labels))
 
 
 def test_a_wrong_theory_does_not_agree(trace):

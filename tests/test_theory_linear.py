@@ -53,8 +53,8 @@ def test_printed_samples_of_one_variance():
     np.testing.assert_allclose(fifth.final_gap(t), [0.993497, 0.938570, 0.604409, 0.132537], atol=1e-6)
     np.testing.assert_allclose(fifth.effective_dimension(t), [0.199502, 0.195151, 0.161484, 0.063771], atol=1e-6)
     low, high = fifth.bulk_edges()[0]
-    np.testing.assert_allclose(-1 / (low + t), [-0.650253, -0.614302, -0.395591, -0.086746], atol=1e-6)
-    np.testing.assert_allclose(-1 / (high + t), [-0.095400, -0.094588, -0.087168, -0.048847], atol=1e-6)
+    np.testing.assert_allclose(fifth.score_edges(t)[0, 0], [-0.650253, -0.614302, -0.395591, -0.086746], atol=1e-6)
+    np.testing.assert_allclose(fifth.score_edges(t)[0, 1], [-0.095400, -0.094588, -0.087168, -0.048847], atol=1e-6)
     np.testing.assert_allclose(high / (high + t) - low / (low + t), [0.005549, 0.051971, 0.308423, 0.378995], atol=1e-6)
     np.testing.assert_allclose(fifth.phase_times(), [0.169763, 94.249224], atol=1e-6)
     np.testing.assert_allclose(half.phase_times(), [0.019064, 52.455844], atol=1e-6)
@@ -151,6 +151,39 @@ def test_effective_dimension_of_one_variance_is_the_root_of_a_quadratic(ratio):
     assert LinearManifold(ratio).effective_dimension(t.reshape(1, 13)).shape == (1, 13)
 
 
+def test_printed_times_of_the_phases():
+    """theory.md A1.1: alpha = .2, f = .25, tau = (4, .25), resolution .1."""
+    manifold = LinearManifold(0.2, (4, 0.25), (0.25, 0.75))
+    consolidation, trivial = manifold.phase_times(0.1)
+    assert trivial == pytest.approx(271.277, abs=1e-3)
+    assert consolidation == pytest.approx(0.04776, abs=1e-5)
+    assert manifold.final_gap_opening(0.1) == pytest.approx(3.868, abs=1e-3)
+    ((close, opening),), (peak,) = manifold.gap_window(0.1), manifold.gap_peak_times()
+    assert close == pytest.approx(0.3348, abs=1e-4)
+    assert opening == pytest.approx(84.588, abs=1e-3)
+    assert peak == pytest.approx(5.322, abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_masses_and_critical_ratios_of_random_variances(seed):
+    """Where two random variances are apart, bulks hold alpha f_k by quadrature; alpha_c is the closed form and splits them."""
+    rng = np.random.default_rng(seed)
+    low, high = np.sort(np.exp(rng.uniform(-3, 3, 2)))
+    f = rng.uniform(0.1, 0.9)  # share of the larger variance
+    expected = (high - low) ** 2 / ((f * high**2) ** (1 / 3) + ((1 - f) * low**2) ** (1 / 3)) ** 3
+    (critical,) = LinearManifold(0.5, (high, low), (f, 1 - f)).critical_dim_ratios()
+    assert critical == pytest.approx(expected, rel=1e-10)
+    ratio = critical * rng.uniform(0.1, 0.9)
+    manifold = LinearManifold(ratio, (high, low), (f, 1 - f))
+    assert len(manifold.bulk_edges()) == 2
+    assert len(LinearManifold(1.001 * critical, (high, low), (f, 1 - f)).bulk_edges()) == 1
+    np.testing.assert_allclose(manifold.bulk_masses(), [min(ratio, 1) - ratio * f, ratio * f], rtol=1e-12)
+    for (a, b), mass in zip(manifold.bulk_edges(), manifold.bulk_masses(), strict=True):
+        middle, half = (a + b) / 2, (b - a) / 2
+        integrand = lambda s, m=middle, h=half: float(manifold.density(m - h * math.cos(s))) * h * math.sin(s)  # noqa: E731
+        assert quad(integrand, 0, math.pi, epsabs=1e-12, limit=400)[0] == pytest.approx(mass, rel=1e-7)
+
+
 def test_peaks_and_windows_are_those_of_the_gaps():
     manifold = LinearManifold(0.1, (9, 1, 0.05), (0.2, 0.3, 0.5))
     t = np.logspace(-2, 3, 20_001)
@@ -184,6 +217,23 @@ def test_counts_of_the_bulks(dim):
     assert abs(counts[0] - 0.2 * dim) <= 1
 
 
+@pytest.mark.parametrize("variances", [(1,), (1, 0.1)])
+def test_edges_of_the_jacobians_hold_all_of_their_density(variances):
+    """Printed samples are in the first test; here every bulk holds its mass, and one draw's exact J has its extremes there."""
+    manifold, t = LinearManifold(0.2, variances), np.array([[0.1, 1.0]])
+    score, denoised = manifold.score_edges(t), manifold.denoised_edges(t)
+    assert score.shape == denoised.shape == (len(variances), 2, 1, 2)
+    for j, time in enumerate(t[0]):
+        for i, mass in enumerate(manifold.bulk_masses()):
+            for density, edges in ((manifold.score_density, score), (manifold.denoised_density, denoised)):
+                found = quad(lambda v, fn=density, u=time: float(fn(v, u)), *edges[i, :, 0, j], limit=400)[0]
+                assert found == pytest.approx(mass, rel=1e-6)
+    values = np.linalg.eigvalsh((draw := basis(600, 0.2, variances, [1 / len(variances)] * len(variances))).T @ draw)
+    np.testing.assert_allclose([-1 / (values[0] + 1), -1 / (values[-1] + 1)], [score[0, 0, 0, 1], score[-1, 1, 0, 1]], rtol=0.1)
+    with pytest.raises(ValueError, match=r"t=0.0. Expected t = sigma\^2 > 0"):
+        manifold.score_edges(0.0)
+
+
 def test_densities_of_the_jacobians_are_the_same_law():
     manifold, t = LinearManifold(0.4, (1, 0.1)), 0.3
     for low, high in manifold.bulk_edges():
@@ -198,6 +248,8 @@ def test_densities_of_the_jacobians_are_the_same_law():
 
 def test_the_norm_d_is_alpha_times_the_norm_m():
     by_m, by_d = (LinearManifold(0.3, (1, 0.05), norm=norm) for norm in ("m", "d"))
+    np.testing.assert_allclose(by_d.edge_fluctuations(100), 0.3 * np.array(by_m.edge_fluctuations(100)), rtol=1e-12)
+    np.testing.assert_allclose(by_d.eigenvalues(50), 0.3 * by_m.eigenvalues(50), rtol=1e-12)
     np.testing.assert_allclose(by_d.bulk_edges(), 0.3 * np.array(by_m.bulk_edges()), rtol=1e-12)
     assert by_d.effective_dimension(0.3 * 0.7) == pytest.approx(by_m.effective_dimension(0.7), rel=1e-12)
     assert by_d.density(0.3 * 2.0) == pytest.approx(by_m.density(2.0) / 0.3, rel=1e-12)

@@ -153,6 +153,23 @@ class LinearManifold:
 
     # -- The Jacobians at t = sigma^2 ---------------------------------------------------------------
 
+    def score_edges(self, t: ArrayLike) -> np.ndarray:
+        """Edges of the bulks of J, -1 / (l + t) at those of F F^T; its atom lies at -1 / t.
+
+        Args:
+            t: Positive, any shape.
+
+        Returns:
+            Ascending in the bulks, (bulks, 2, *t.shape), low and high.
+        """
+        edges, times = np.array(self.bulk_edges()), _times(t, positive=True)
+        return -1 / (edges.reshape(*edges.shape, *[1] * times.ndim) + times)
+
+    def denoised_edges(self, t: ArrayLike) -> np.ndarray:
+        """Edges of the bulks of D', l / (l + t) at those of F F^T; its atom lies at 0. As :meth:`score_edges`."""
+        times = _times(t, positive=True)
+        return 1 + times * self.score_edges(times)
+
     def score_density(self, values: ArrayLike, t: float) -> np.ndarray:
         """Density of the eigenvalues of J beside its atom at -1 / t: rho(-1/g - t) / g^2."""
         (t,), g = _times([t], positive=True), np.asarray(values, float)
