@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def took(seconds: float | None = None) -> str:
+    """A sentence on the processor time, summed over cores, that ``seconds`` is, or that the process has taken."""
+    return f"This took {time.process_time() if seconds is None else seconds:.0f} seconds of processor time."
 
 
 def parse(document: str) -> tuple[Path, bool]:
