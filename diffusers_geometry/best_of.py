@@ -213,7 +213,8 @@ class _Judge:
         if paid < (wanted or 2):
             raise ValueError(
                 f"max_products={self.max_products}. Expected at least {cost * (wanted or 2)}: {wanted or 2} noises for "
-                f"{self.measurements} measurements of up to {self._per_point} products ({self.spectrum}). Take fewer seeds or a smaller psi_rank."
+                f"{self.measurements} measurements of up to {self._per_point} products ({self.spectrum}). Take fewer seeds or a "
+                "smaller psi_rank."
             )
         self.num_noises = wanted or min(paid, NUM_NOISES)
         for first in (True, False):

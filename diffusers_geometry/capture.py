@@ -19,10 +19,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from .difference import require_finite
-from .drive import Drive, own_output
+from .drive import Drive, held, own_output
 from .ending import Ending
 from .jacobian import Derivative
 from .pipeline_call import PipelineCall, keeping_attention_processors
@@ -171,10 +172,8 @@ class Recording(Sequence[RecordedStep]):
         # Calls whose arguments hold no copy of the sample (text encoders before the first step) are not of this step.
         calls = [c for c in self._calls if may_hold(c, sample)]
         duplicated = is_duplicated(sample, model_output, calls)
-        held = self.pipe.scheduler.__dict__.items()
-        state = {
-            k: out_of_inference(copy.copy(v) if isinstance(v, list) else v) if isinstance(v, (list, Tensor)) else v for k, v in held
-        }
+        with torch.inference_mode(False):
+            state = {name: held(value) for name, value in self.pipe.scheduler.__dict__.items()}
         drive = Drive(self._call, self._pristine, state, timestep, duplicated, position - self._first, self.total_steps)
         if duplicated:
             sample, model_output = sample[: len(sample) // 2], model_output[: len(model_output) // 2]

@@ -27,6 +27,13 @@ PATCHED = ("set_timesteps", "scale_model_input", "step")
 PLACES = 8  # iterations of one run that take points
 
 
+def held(value: Any) -> Any:
+    """A value of a scheduler's state that no step changes in place: lists and tensors are copied."""
+    if isinstance(value, list):
+        return [held(item) for item in value]
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 class Drive:
     """Evaluates the model output of step k at any points by running the pipeline.
 
@@ -64,7 +71,7 @@ class Drive:
 
     def restore(self, scheduler: Any) -> None:
         """Puts a scheduler into its state at step k."""
-        scheduler.__dict__.update({k: copy.copy(v) if isinstance(v, list) else v for k, v in self.state.items()})
+        scheduler.__dict__.update({name: held(value) for name, value in self.state.items()})
 
     def here(self, timesteps: Tensor) -> Tensor:
         """The timestep of step k, as ``timesteps`` hold theirs."""

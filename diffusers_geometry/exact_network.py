@@ -6,7 +6,7 @@ is known in closed form, through its own loop and scheduler; what the library th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .exact import ExactDenoiser, working
 from .schedule import NoiseLevel, noise_level
 
-_TIMESTEP_TOLERANCE = 1e-4  # of num_train_timesteps; bfloat16 pipelines round t / 1000
-_CONVERSIONS = (  # how pipelines show their networks the scheduler's timestep
+TIMESTEP_TOLERANCE = 1e-4  # of num_train_timesteps; bfloat16 pipelines round t / 1000
+CONVERSIONS = (  # how pipelines show their networks the scheduler's timestep
     lambda t, total: t,
     lambda t, total: t * total,
     lambda t, total: total - t,
@@ -33,14 +33,23 @@ class ExactNetwork(nn.Module):
     ``cache_context``) is asked of the one it stands in for.
     """
 
-    def __init__(self, exact: ExactDenoiser, scheduler: Any, like: nn.Module, sign: float, output_type: type) -> None:
+    def __init__(
+        self,
+        exact: ExactDenoiser,
+        scheduler: Any,
+        like: nn.Module,
+        sign: float,
+        output_type: type,
+        doubled: bool | None,
+        conversion: Callable[[float, float], float] | None,
+    ) -> None:
         super().__init__()
         self.exact, self.scheduler, self.sign, self.output_type = exact, scheduler, sign, output_type
+        self._doubled, self._conversion = doubled, conversion
         self.__dict__["like"] = like  # not a submodule: its weights are not ours
         self.config, self.dtype, self.device = like.config, like.dtype, like.device
         self._levels: dict[float, NoiseLevel] = {}
         self._steps: int | None = None
-        self._conversion: Any = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -55,12 +64,13 @@ class ExactNetwork(nn.Module):
         if sample is None:  # one tensor a sample, in a list
             items = [s for s in given if s.numel() == self.exact.dim]
             sample, as_list = torch.stack(items), True
-        level = self._level(_timestep(args, kwargs))
+        level = self._level(shown_timestep(args, kwargs))
         # In float64 to the end: where b is large, rounding x_0 first would leave little of the prediction.
         x_t = working(sample) / level.c_in
         x_0 = self.exact.denoised(x_t, level.alpha_t, level.sigma_t)
         prediction = (self.sign * (x_0 - level.a * x_t) / level.b).to(sample.dtype)
-        if getattr(self.config, "out_channels", None) == 2 * prediction.shape[1]:
+        doubled = getattr(self.config, "out_channels", None) == 2 * prediction.shape[1] if self._doubled is None else self._doubled
+        if doubled:
             prediction = torch.cat([prediction, torch.zeros_like(prediction)], dim=1)
         result = list(prediction.unbind(0)) if as_list else prediction
         return self._answer(result) if return_dict else (result,)
@@ -85,9 +95,9 @@ class ExactNetwork(nn.Module):
         """The one loop position of a timestep, in whatever form the pipeline shows it."""
         total = getattr(self.scheduler.config, "num_train_timesteps", 1000)
         timesteps = torch.as_tensor(self.scheduler.timesteps).double().cpu()
-        for conversion in _CONVERSIONS if self._conversion is None else (self._conversion,):
+        for conversion in CONVERSIONS if self._conversion is None else (self._conversion,):
             distance = (timesteps - conversion(timestep, total)).abs()
-            if distance.min() <= _TIMESTEP_TOLERANCE * total:
+            if distance.min() <= TIMESTEP_TOLERANCE * total:
                 self._conversion = conversion
                 break
         else:
@@ -102,10 +112,17 @@ class ExactNetwork(nn.Module):
         return positions[0]
 
 
-def _timestep(args: tuple, kwargs: dict[str, Any]) -> float:
+def shown_timestep(args: tuple, kwargs: dict[str, Any]) -> float:
+    """The timestep among a network's arguments.
+
+    Raises:
+        ValueError: there is none where diffusers' networks have theirs.
+    """
     named = next((kwargs[name] for name in ("timestep", "timesteps", "t", "timestep_ratio", "r") if name in kwargs), None)
     if named is None:
-        named = next(a for a in args[1:] if a is not None)
+        named = next((a for a in args[1:] if a is not None), None)
+    if named is None:
+        raise ValueError(f"no timestep among {list(kwargs)}. Expected timestep=, t= or r=, or the second argument.")
     return float(torch.as_tensor(named).flatten()[0])
 
 
@@ -124,6 +141,8 @@ def exact_network(
     *,
     sign: float = 1.0,
     output_type: type = Transformer2DModelOutput,
+    doubled: bool | None = None,
+    conversion: Callable[[float, float], float] | None = None,
 ) -> ExactNetwork:
     """A drop-in network for a pipeline that answers with ``exact``, in the prediction type of ``scheduler``.
 
@@ -133,5 +152,9 @@ def exact_network(
         like: The network it stands in for; its config, dtype and device are taken over.
         sign: -1 for pipelines that negate what their network predicts.
         output_type: What the imitated network returns: an output class whose first field is the prediction, or tuple.
+        doubled: Whether the output has twice the sample's channels, a learned variance after the prediction; by default what
+            the config of ``like`` says.
+        conversion: (timestep shown, number of training timesteps) -> the scheduler's timestep; by default the first of
+            ``CONVERSIONS`` that fits the first timestep seen.
     """
-    return ExactNetwork(exact, scheduler, like, sign, output_type).eval()
+    return ExactNetwork(exact, scheduler, like, sign, output_type, doubled, conversion).eval()

@@ -5,7 +5,7 @@ c x, repeated r times along the batch; everything else whose leading dimension i
 pipeline combined the r outputs (classifier-free guidance, a sign) is solved for as weights in least squares.
 
 Agreement at the recorded point proves nothing: a non-linear combination (guidance_rescale, normalised guidance) fits there and has
-a wrong derivative. So :mod:`.capture` compares with :mod:`.drive` away from the trajectory before this engine is used.
+a wrong derivative. So :mod:`.recorded_step` compares with :mod:`.drive` away from the trajectory before this engine is used.
 """
 
 from __future__ import annotations
@@ -141,11 +141,11 @@ class Replay:
 
     def _split(self, output: Any, repeats: int, stack: int, batch: int) -> Tensor:
         """A network's output as (repeats, stack, batch, *dims)."""
-        output = _first_tensor(output)
-        if isinstance(output, list) and {getattr(item, "shape", None) for item in output} == {output[0].shape}:
-            output = torch.stack(output)
-        if not isinstance(output, Tensor):
-            raise ReplayRefused(f"a network that was given the sample returned {type(output).__name__}, not a prediction")
+        given, output = output, predicted(output)
+        if output is None:
+            raise ReplayRefused(
+                f"a network that was given the sample returned {type(_first_tensor(given)).__name__}, not a prediction"
+            )
         output = own_channels(output, self.sample.shape)
         if output.numel() != repeats * stack * batch * self.sample[0].numel():
             raise ReplayRefused(f"a network returned shape {tuple(output.shape)} for samples of {tuple(self.sample.shape)}")
@@ -193,6 +193,14 @@ def input_scales(calls: list[NetworkCall], sample: Tensor) -> list[float]:
 def sampled_calls(calls: list[NetworkCall], sample: Tensor) -> list[NetworkCall]:
     """The calls that were given the sample."""
     return [call for call, _ in _calls_with_slots(calls, sample)]
+
+
+def predicted(output: Any) -> Tensor | None:
+    """What a network predicted as a tensor, a list of one a sample stacked; None where it is neither."""
+    output = _first_tensor(output)
+    if isinstance(output, list) and {getattr(item, "shape", None) for item in output} == {output[0].shape}:
+        output = torch.stack(output)
+    return output if isinstance(output, Tensor) else None
 
 
 def is_single_output(calls: list[NetworkCall], sample: Tensor) -> bool:

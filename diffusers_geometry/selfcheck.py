@@ -9,23 +9,26 @@ estimators and the sampler itself are run and compared. The user's own network i
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .capture import Recording, record
+from .checks import Check, SelfCheck
 from .descriptors import local_scaling
 from .dimension import flipd, gap_dim
 from .exact import LinearManifoldDenoiser
-from .exact_network import ExactNetwork, exact_network
+from .exact_network import CONVERSIONS, TIMESTEP_TOLERANCE, ExactNetwork, exact_network, shown_timestep
 from .golub_kahan import golub_kahan_spectrum
 from .precision import has_step_cache
 from .recorded_step import RecordedStep
+from .replay import predicted
 from .schedule import noise_level
 from .spectrum import dense_spectrum
 from .stochastic import estimate_trace
@@ -34,83 +37,6 @@ __all__ = ["Check", "ExactNetwork", "SelfCheck", "exact_network", "selfcheck"]
 
 DENSE = 1024  # dimensions up to which whole matrices are taken
 TOLERANCE = 1e-3  # of eigenvalues in [0, 1] and of relative errors; float32 networks in epsilon form leave 1e-4
-
-
-@dataclass(frozen=True)
-class Check:
-    """One known answer beside the measured one.
-
-    Attributes:
-        what: The quantity.
-        where: Loop position and noise level, or which component.
-        known: In closed form.
-        measured: By this installation.
-        tolerance: Largest difference that passes.
-        by: The engine or estimator.
-        failure: Why nothing could be measured, or None.
-    """
-
-    what: str
-    where: str
-    known: float
-    measured: float
-    tolerance: float
-    by: str
-    failure: str | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether the two agree; a NaN does not."""
-        return self.failure is None and abs(self.measured - self.known) <= self.tolerance
-
-
-@dataclass(frozen=True)
-class SelfCheck:
-    """All checks of one pipeline class with one scheduler; true when every one passed.
-
-    Attributes:
-        pipeline: Name of the class.
-        scheduler: Name of the class.
-        dimension: d of the manifold's space.
-        manifold_dim: m.
-        checks: In order.
-    """
-
-    pipeline: str
-    scheduler: str
-    dimension: int
-    manifold_dim: int
-    checks: tuple[Check, ...]
-
-    def __bool__(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-    @property
-    def failed(self) -> list[Check]:
-        """What did not pass."""
-        return [check for check in self.checks if not check.passed]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Every check as plain values; what could not be measured is None."""
-        rows = [vars(check) | {"passed": check.passed} for check in self.checks]
-        return [row | {"measured": None if math.isnan(row["measured"]) else row["measured"]} for row in rows]
-
-    def table(self) -> str:
-        """One line a check, and the verdict."""
-        widths = [max(len(str(value)) for value in column) for column in zip(*self._cells(), strict=True)]
-        lines = ["  ".join(str(v).ljust(w) for v, w in zip(row, widths, strict=True)).rstrip() for row in self._cells()]
-        failures = [f"  {check.what}, {check.where}: {check.failure}" for check in self.checks if check.failure]
-        verdict = "every answer is the known one" if self else f"{len(self.failed)} of {len(self.checks)} answers are wrong"
-        about = f"a {self.manifold_dim}-dimensional manifold in {self.dimension} dimensions"
-        return "\n".join([*lines, *failures, f"{self.pipeline} with {self.scheduler}, {about}: {verdict}."])
-
-    def _cells(self) -> list[tuple[str, ...]]:
-        head = ("check", "where", "known", "measured", "tolerance", "by", "verdict")
-        rows = [
-            (c.what, c.where, f"{c.known:.5g}", f"{c.measured:.5g}", f"{c.tolerance:.2g}", c.by, "pass" if c.passed else "FAIL")
-            for c in self.checks
-        ]
-        return [head, *rows]
 
 
 def selfcheck(pipe: Any, /, *args: Any, manifold_dim: int | None = None, **kwargs: Any) -> SelfCheck:
@@ -134,10 +60,10 @@ def selfcheck(pipe: Any, /, *args: Any, manifold_dim: int | None = None, **kwarg
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(dim, manifold_dim, generator=generator, dtype=torch.float64))[0]
     variances = torch.linspace(2.0, 0.5, manifold_dim, dtype=torch.float64)
-    imitation = _imitate(pipe, recording[0], LinearManifoldDenoiser(basis, variances), args, kwargs)
+    imitation = _imitate(pipe, recording, LinearManifoldDenoiser(basis, variances), args, kwargs)
     with record(imitation, 6) as recording:
         imitation(*args, **kwargs)
-    checks += _reading(recording[0])
+    checks += [*_reading(recording[0]), *_fresh(imitation, recording, args, kwargs)]
     for step in recording:
         checks += [*_noise_level(imitation.scheduler, step), *_engines(step)]
         if step.alpha_t > 0:
@@ -164,22 +90,29 @@ def _evaluated_again(recording: Recording) -> Iterator[Check]:
         yield Check("own network again", _where(step), 0.0, error, TOLERANCE, engine, why)
 
 
-def _imitate(pipe: Any, step: RecordedStep, exact: LinearManifoldDenoiser, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _imitate(pipe: Any, recording: Recording, exact: LinearManifoldDenoiser, args: tuple, kwargs: dict[str, Any]) -> Any:
     """A copy of the pipeline whose denoisers answer with ``exact``, in the sign that reaches the scheduler right."""
-    scheduler, calls = copy.deepcopy(pipe.scheduler), step.network_calls
-    outputs = {id(call.module): type(call.output) for call in calls}
-    slots = [name for name, module in pipe.components.items() if id(module) in outputs]
+    scheduler, size = copy.deepcopy(pipe.scheduler), recording[0].sample[0].numel()
+    made = [(step, call, predicted(call.output)) for step in recording for call in step.network_calls]
+    made = [(step, call, output) for step, call, output in made if output is not None and output[0].numel() in (size, 2 * size)]
+    found = {id(call.module): (type(call.output), output[0].numel() == 2 * size) for _, call, output in made}
+    slots = [name for name, module in pipe.components.items() if id(module) in found]
     if not slots:
         raise ValueError(
-            f"no network of {type(pipe).__name__} was called with its sample. Expected a denoiser among its components."
+            f"no network of {type(pipe).__name__} is given the scheduler's sample alone, so none can be replaced by a known one "
+            "(a picture or a mask may stand in further channels). Expected a pipeline whose network sees c_in x, as text to image does."
         )
+    total = getattr(scheduler.config, "num_train_timesteps", 1000)
+    shown = [(shown_timestep(call.args, call.kwargs), step.timestep) for step, call, _ in made]
+    fitting = [c for c in CONVERSIONS if all(abs(c(t, total) - wanted) <= TIMESTEP_TOLERANCE * total for t, wanted in shown)]
     for sign in (1.0, -1.0):
         imitation = copy.copy(pipe)
         imitation.__dict__["scheduler"] = scheduler
         for name in slots:
             like = getattr(pipe, name)
-            network = exact_network(exact, scheduler, like, sign=sign, output_type=outputs[id(like)])
-            imitation.__dict__[name] = network
+            output_type, doubled = found[id(like)]
+            options = {"output_type": output_type, "doubled": doubled, "conversion": fitting[0] if fitting else None}
+            imitation.__dict__[name] = exact_network(exact, scheduler, like, sign=sign, **options)
         with record(imitation, [0]) as recording:
             imitation(*args, **kwargs)
         first = recording[0]
@@ -223,9 +156,16 @@ def _reading(step: RecordedStep) -> Iterator[Check]:
     x_0 = torch.rand(step.sample.shape, generator=generator, dtype=torch.float64) - 0.5  # within every clamp
     noise = torch.randn(step.sample.shape, generator=generator, dtype=torch.float64)
     x_t = step.alpha_t * x_0 + step.sigma_t * noise
-    prediction = ((x_0 - step.level.a * x_t) / step.level.b).to(step.sample)
+    prediction = ((x_0 - step.level.a * x_t) / step.level.b).float()
+    if str(getattr(scheduler.config, "variance_type", "")).startswith("learned"):
+        prediction = torch.cat([prediction, torch.zeros_like(prediction)], dim=1)
     before = torch.get_rng_state()
-    output = scheduler.step(prediction, step.drive.timestep, x_t.to(step.sample))
+    names = {"model_output": prediction, "timestep": step.drive.timestep, "sample": x_t.float()}
+    if "old_pred_original_sample" in inspect.signature(scheduler.step).parameters:
+        names |= {"old_pred_original_sample": None, "timestep_back": None}
+    output = scheduler.step(**names)
+    if isinstance(output, tuple):
+        output = SimpleNamespace(prev_sample=output[0], pred_original_sample=output[1])
     drew = not torch.equal(before, torch.get_rng_state())
     torch.set_rng_state(before)
     read, wanted = getattr(output, "pred_original_sample", None), x_0
@@ -237,6 +177,35 @@ def _reading(step: RecordedStep) -> Iterator[Check]:
     error = ((read.cpu().double() - wanted).norm() / wanted.norm()).item()
     tolerance = TOLERANCE * max(1.0, step.sigma_t / max(step.alpha_t, TOLERANCE) / 10)  # where float32 reads x_0 out of noise
     yield Check("scheduler reads x_0", _where(step), 0.0, error, tolerance, "scheduler")
+
+
+def _fresh(pipe: Any, recording: Recording, args: tuple, kwargs: dict[str, Any]) -> Iterator[Check]:
+    """The noise levels are those of a new scheduler of diffusers' own class with the same configuration."""
+    own = next(c for c in type(pipe.scheduler).__mro__ if c.__module__.startswith("diffusers."))
+    twin = copy.copy(pipe)
+    twin.__dict__["scheduler"] = own.from_config(pipe.scheduler.config)
+    for name, component in pipe.components.items():
+        if isinstance(component, ExactNetwork):
+            network = copy.copy(component)
+            network.scheduler, network._levels = twin.scheduler, {}
+            twin.__dict__[name] = network
+    first = recording[0].index - recording[0].drive.iteration
+    with record(twin, [step.index - first for step in recording]) as fresh:
+        twin(*args, **kwargs)
+    for step, new in zip(recording, fresh, strict=True):
+        error = math.hypot(step.alpha_t - new.alpha_t, step.sigma_t - new.sigma_t) / math.hypot(new.alpha_t, new.sigma_t)
+        yield Check("noise level", _where(step), 0.0, error, 1e-4, f"new {own.__name__}")
+
+
+def _end_sigma(scheduler: Any) -> float:
+    """Noise that a run of the scheduler leaves in its final sample."""
+    last = getattr(scheduler, "final_alpha_cumprod", None)
+    if last is not None:
+        return math.sqrt(max(0.0, 1 - float(last)) / float(last))
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None and not getattr(scheduler.config, "invert_sigmas", False):
+        return float(sigmas[-1])
+    return 0.02 if type(scheduler).__name__ == "DDPMWuerstchenScheduler" else 0.0
 
 
 def _engines(step: RecordedStep) -> Iterator[Check]:
@@ -280,8 +249,8 @@ def _generation(recording: Recording, basis: Tensor) -> Check:
     final, last = recording.final_sample.double(), recording[-1]
     rows = final.flatten(1)[: len(last.sample)]
     away = (rows - rows @ basis @ basis.T).norm() / rows.norm()
-    left = last.sigma_t * rows[0].numel() ** 0.5 / (rows.norm() / len(rows) ** 0.5)
-    tolerance = 1e-3 + (0.0 if left > 1 else min(0.1, left.item()))
+    left = _end_sigma(recording.pipe.scheduler) * rows[0].numel() ** 0.5 / (rows.norm() / len(rows) ** 0.5)
+    tolerance = 2e-3 + 1.5 * left.item()
     return Check("sample off the manifold", "final sample", 0.0, away.item(), tolerance, "the pipeline's loop")
 
 

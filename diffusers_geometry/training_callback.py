@@ -50,7 +50,7 @@ class GeometryTrainingCallback:
         generator: Of the noise and of random probes.
         psi_rank: Singular values that psi sums; at most the numbers of a sample.
         conditioning: Keyword arguments of the network, tensors (B, ...) with a row a sample, such as ``encoder_hidden_states``.
-        predict: (network, network's input (K, *dims), timestep) -> prediction, where ``network(x, timestep, **conditioning)`` is not
+        predict: (network, its input (K, *dims), timestep) -> prediction, where ``network(x, timestep, **conditioning)`` is not
             how it is called.
         spectrum: "dense", "golub_kahan", or "auto" by dimension; without a dense D' nu and asymmetry are not in hand.
         max_products: Budget per point.

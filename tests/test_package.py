@@ -75,6 +75,7 @@ HOST = [
     "mixin",
     "vector",
     "exact_network",
+    "checks",
     "selfcheck",
     "loading",
     "cli_transitions",

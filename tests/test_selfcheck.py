@@ -117,6 +117,40 @@ def test_a_scheduler_whose_alphas_were_changed_fails():
     assert {c.what for c in result.failed} == {"alpha x_0 + sigma noise"}
 
 
+def scaled_table(pipe):
+    pipe.scheduler.alphas_cumprod = pipe.scheduler.alphas_cumprod * 0.9
+
+
+def scaled_sigmas(pipe):
+    class Scaled(type(pipe.scheduler)):
+        def set_timesteps(self, *args, **kwargs):
+            super().set_timesteps(*args, **kwargs)
+            self.sigmas = self.sigmas * 1.3
+
+    pipe.scheduler.__class__ = Scaled
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "corrupt"), [("DDIMScheduler", scaled_table), ("EulerDiscreteScheduler", scaled_sigmas),
+                               ("DPMSolverMultistepScheduler", scaled_sigmas)],
+)  # fmt: skip
+def test_a_scheduler_that_is_wrong_throughout_fails(scheduler, corrupt):
+    """It adds noise, steps and reads by one corrupted table; only a new one of its class differs."""
+    pipe = sd_pipeline(getattr(diffusers, scheduler)(**SCALED_LINEAR))
+    assert selfcheck(pipe, **sd_call(), generator=seeded())
+    corrupt(pipe)
+    result = selfcheck(pipe, **sd_call(), generator=seeded())
+    assert "noise level" in {c.what for c in result.failed}
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_runs_that_end_noisy_pass(steps):
+    """Stable Diffusion's released configuration ends at sigma = 0.029."""
+    pipe = sd_pipeline(diffusers.DDIMScheduler(**SCALED_LINEAR, clip_sample=False, set_alpha_to_one=False))
+    result = selfcheck(pipe, **sd_call(num_inference_steps=steps), generator=seeded())
+    assert result, result.table()
+
+
 def test_a_step_cache_fails_by_name():
     pipe = flux(num_layers=2, num_single_layers=2)
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.5))
