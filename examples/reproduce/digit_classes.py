@@ -29,9 +29,9 @@ from shared import load_classifier
 
 CONFIDENT = 0.9
 COLUMNS = {
-    "effective_dimension": "tr D'", "error": "squared error of D / σ²", "flipd": "FLIPD", "gap_dim": "gap_dim",
-    "local_rank": "local_rank", "latent effective_dimension": "latents: tr D'", "latent flipd": "latents: FLIPD",
-    "latent gap_dim": "latents: gap_dim",
+    "effective_dimension": "tr D'", "error": "squared error of D / σ²", "flipd": "FLIPD", "clean": "tr D' at the clean image",
+    "gap_dim": "gap_dim", "local_rank": "local_rank", "latent effective_dimension": "latents: tr D'",
+    "latent flipd": "latents: FLIPD", "latent gap_dim": "latents: gap_dim",
 }  # fmt: skip
 TIMESTEP, SIGMA = 40, 0.144  # of ddpm-mnist; sd-mnist is taken at the step nearest to this sigma
 
@@ -68,7 +68,10 @@ def _pixel_dimensions(denoiser: Denoiser, x_0: Tensor, seed: int, effort: Any, d
     x_t = denoiser.alpha_t * x_0 + denoiser.sigma_t * torch.randn(x_0.shape, generator=generator)
     with torch.no_grad():
         error = (denoiser.denoised(x_t[None])[0] - x_0).norm().item() / denoiser.sigma
-    values = {"flipd": flipd(denoiser, x_0, generator=generator, **budget).value, "error": error**2}
+    with torch.no_grad():
+        moved = (denoiser.denoised(denoiser.alpha_t * x_0[None])[0] - x_0).norm().item() / denoiser.sigma
+    value = flipd(denoiser, x_0, generator=generator, **budget).value
+    values = {"flipd": value, "clean": value - moved**2, "error": error**2}  # FLIPD = tr D' + |D(x_0) - x_0|² / σ²
     if not dense:
         return values | {"effective_dimension": estimate_trace(denoiser.jacobian(x_t), generator=generator, **budget).value}
     spectrum = dense_spectrum(denoiser.jacobian(x_t))
@@ -121,17 +124,27 @@ def class_table(classes: dict[int, dict[str, list[float]]]) -> list[str]:
     lines = ["## Dimension per class", "", "| digit | Gaussian of the class | " + " | ".join(COLUMNS.values()) + " |"]
     lines += ["| --- " * (2 + len(COLUMNS)) + "|"]
     for c, gaussian in enumerate(class_gaussians()):
-        lines.append(f"| {c} | {gaussian:.0f} | " + " | ".join(mean_error(classes[c][name]) for name in COLUMNS) + " |")
-    count, excess = sum(len(found["error"]) for found in classes.values()), _excess(classes)
-    return [*lines, "", f"*{count} samples of ddpm-mnist at σ = {SIGMA} of which the classifier is confident; sd-mnist at the "
-            "step of its runs nearest to it. Means over samples ± standard errors; FLIPD at clean samples, the rest at noised ones."
-            " The Gaussian is tr C / (C + σ²) of the class's real digits.*", "",
-            f"Squared error over σ² less tr D', over all samples in pixels: {excess}.", ""]  # fmt: skip
+        cells = ((listed if "gap_dim" in name else mean_error)(classes[c][name]) for name in COLUMNS)
+        lines.append(f"| {c} | {gaussian:.0f} | " + " | ".join(cells) + " |")
+    count = sum(len(found["error"]) for found in classes.values())
+    excess, of_ones = _excess(classes), _excess({1: classes[1]})
+    note = (
+        f"*{count} samples of ddpm-mnist at σ = {SIGMA} of which the classifier is confident; sd-mnist at the step of its runs "
+        "nearest to it. Means over samples ± standard errors, of gap_dim all values; FLIPD at clean samples, the rest at noised "
+        "ones but where said. The Gaussian is tr C / (C + σ²) of the class's real digits.*"
+    )
+    over = f"Squared error over σ² less tr D': {excess} over all samples in pixels, {of_ones} over ones."
+    return [*lines, "", note, "", over, ""]
 
 
 def _excess(classes: dict[int, dict[str, list[float]]]) -> str:
     pairs = [zip(found["error"], found["effective_dimension"], strict=True) for found in classes.values()]
     return mean_error([error - trace for found in pairs for error, trace in found])
+
+
+def listed(values: list[float]) -> str:
+    """All values, ascending."""
+    return ", ".join(f"{v:.0f}" for v in sorted(values)) or "no sample"
 
 
 def mean_error(values: list[float]) -> str:

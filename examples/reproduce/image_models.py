@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from arguments import parse
+from arguments import parse, took
 from digit_classes import class_dimensions, class_table, draw_classes
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,20 +32,31 @@ from data import digits_split
 VERDICT = """\
 What agrees with the papers: directions are kept one after another as the noise falls, those of large variance first, and ones
 have fewer dimensions than any other digit, in pixels as in latents. tr D' near σ = 0.14 is 0.3 to 0.45 times that of a
-Gaussian with the covariance of the class, and agrees to about a tenth with the squared error of D over σ², as Tweedie's
-formula wants. Phases belong to σ, not to steps: under three schedules the emoji network keeps its first direction at the same
-σ, within two standard errors, and its shares of kept directions fall on one curve; the latent models of diffusion and of flow
-matching, trained apart on the same latents, nearly do so too. What a schedule moves is where in the run this happens, and
-where the run stops: linear betas spend more than twice the steps of the others before the first direction, and the
-scaled-linear runs end above the σ at which half of the directions are kept. What does not agree: the eigenvalue rule (Δ =
-0.1) finds neither a trivial nor a consolidated phase, except at the first (pure noise) and last step of flow matching. At
-large σ the errors of the pixel networks stand as singular values of 0.25 to 0.5 where a Gaussian of the data has almost none,
-and D' is far from symmetric; at small σ values lie everywhere between 0 and 1, until D' of flow matching keeps the whole
-space. The largest gap lies anywhere from 1 to the whole space, so it names no dimension of these images. The first direction
-of the digits is kept at three times the σ of a Gaussian, and D' exceeds one: the data are modes, not one linear manifold.
-FLIPD is negative in pixels, for a clean image is an input that no network has seen at that timestep; in latents it is
-positive, and lowest for ones as well."""
-COLOURS = {"linear": "#1b9e77", "scaled-linear": "#d95f02", "cosine": "#7570b3", "sd-mnist": "#1f78b4", "sd3-mnist": "#e31a1c"}
+Gaussian with the covariance of the class, and in the mean over classes agrees to a tenth with the squared error of D over σ²,
+as Tweedie's formula wants; of ones alone that error is 38 % larger. Phases belong to σ, not to steps: under three schedules
+the emoji network keeps its first direction at the same σ, within 11 %, of two samples each, and its shares of kept directions
+fall on one curve; the latent models of diffusion and of flow matching, trained apart on the same latents, nearly do so too.
+What a schedule moves is where in the run this happens, and where the run stops: linear betas spend more than twice the steps
+of the others before the first direction, and the scaled-linear runs end above the σ at which half of the directions are kept.
+What does not agree: the eigenvalue rule (Δ = 0.1) calls every recorded step of every diffusion run coverage, neither trivial
+nor consolidated. Flow matching is trivial at its first step, of pure noise, and the consolidation of its last keeps all 256
+directions, so it is that of no manifold. At large σ the errors of the pixel networks stand as singular values of 0.25 to 0.5
+where a Gaussian of the data has almost none, and D' is far from symmetric; at small σ values lie everywhere between 0 and 1.
+The largest gap lies anywhere from 1 to the whole space, so it names no dimension of these images. The first direction of the
+digits is kept at three times the σ of a Gaussian, and D' exceeds one: the data are modes, not one linear manifold. FLIPD is
+negative in pixels, with tr D' at the clean image, where no covariance could be; a clean image is also an input that no
+network has seen at that timestep. In latents FLIPD is positive, and lowest for ones as well."""
+COLOURS = {
+    "ddpm-mnist": "#666666",
+    "linear": "#1b9e77",
+    "scaled-linear": "#d95f02",
+    "cosine": "#7570b3",
+    "sd-mnist": "#1f78b4",
+    "sd3-mnist": "#e31a1c",
+}
+
+
+PARTS = ("ddpm-mnist", *SCHEDULES, "sd-mnist", "sd3-mnist", "classes")
 
 
 @dataclass(frozen=True)
@@ -70,14 +82,24 @@ SMOKE = Effort(2, (), (), 1, ("a seven",), 4, 1, 0, 0, 8, FEW)
 
 def measure(effort: Effort) -> dict[str, Any]:
     """Everything that takes time: runs by name, and the dimensions per class."""
-    runs = {"ddpm-mnist": run(pipeline("ddpm-mnist", "linear"), effort.steps, effort.digit_sigmas, **effort.options)}
-    for schedule in SCHEDULES:
-        options = effort.options | {"batch_size": effort.samples}
-        runs[schedule] = run(pipeline("ddpm-emoji", schedule), effort.steps, effort.sigmas, **options)
-    for name in ("sd-mnist", "sd3-mnist"):
-        options = effort.options | {"guidance_scale": 1.0}
-        runs[name] = run(pipeline(name), effort.steps, effort.sigmas, list(effort.prompts), **options)
-    return {"runs": runs, "classes": class_dimensions(effort), "weights": weights_digest()}
+    timed = {name: timed_part(name, effort) for name in PARTS}
+    runs = {name: found for name, (found, _) in timed.items()}
+    seconds = sum(spent for _, spent in timed.values())
+    return {"classes": runs.pop("classes"), "runs": runs, "weights": weights_digest(), "seconds": seconds}
+
+
+def timed_part(name: str, effort: Effort) -> tuple[Any, float]:
+    """One part of the measurement, and the seconds of processor time that it takes."""
+    start, options = time.process_time(), effort.options
+    if name == "ddpm-mnist":
+        found = run(pipeline(name, "linear"), effort.steps, effort.digit_sigmas, **options)
+    elif name in SCHEDULES:
+        found = run(pipeline("ddpm-emoji", name), effort.steps, effort.sigmas, **options, batch_size=effort.samples)
+    elif name == "classes":
+        found = class_dimensions(effort)
+    else:
+        found = run(pipeline(name), effort.steps, effort.sigmas, list(effort.prompts), **options, guidance_scale=1.0)
+    return found, time.process_time() - start
 
 
 def draw(measured: dict[str, Any]) -> Figure:
@@ -97,8 +119,8 @@ def draw(measured: dict[str, Any]) -> Figure:
             axes.legend(fontsize=9)
         log_sigma(panels[row, 0], 0.0008, 150)
         panels[row, 1].set(xlabel="share of the run's steps", xlim=(0, 1))
-    draw_first(panels[1, 2], {name: runs[name] for name in COLOURS})
-    draw_phases(panels[2, 2], {name: runs[name] for name in COLOURS})
+    draw_first(panels[1, 2], runs)
+    draw_phases(panels[2, 2], runs)
     for axes in panels.ravel():
         axes.grid(alpha=0.25)
     figure.suptitle("Image models: D' over the noise, per class, and under other schedules", fontsize=13)
@@ -125,7 +147,7 @@ def draw_spectra(axes: Axes, found: Run, title: str, variances: np.ndarray | Non
             axes.plot(grid, variances[index - 1] / (variances[index - 1] + grid**2), "--", color=f"C{i}", linewidth=0.8)
     axes.axhspan(SEEN, KEPT, color="#eeeeee", zorder=0)
     dashed = " (dashed: Gaussian data)" if variances is not None else ""
-    axes.set(ylabel="singular value of D'", title=title + dashed)
+    axes.set(ylabel="singular value of D'", title=f"{title}, one sample{dashed}")
     axes.legend(title="index", fontsize=9, ncols=2)
     log_sigma(axes, 0.007, 150)
 
@@ -210,9 +232,39 @@ def schedule_table(runs: dict[str, Run]) -> list[str]:
         )
     first, half = gaussian_marks()
     lines.append(f"| Gaussian of the digits' covariance | | {first:.3g} | {half:.3g} | |")
-    return [*lines, "", "*Means over samples ± standard errors, linear in log σ between the recorded steps, which are a decade or "
-            "more apart for the second mark. Kept: u > 0.9; seen: u ≥ 0.1. The last cosine step lies below the σ of the training, "
-            "and is asked at the smallest of it.*", ""]  # fmt: skip
+    note = (
+        "*Means over samples ± standard errors (one sample of ddpm-mnist, two of emoji, three of latents), linear in log σ between "
+        "the recorded steps, which are a decade or more apart for the second mark. Kept: u > 0.9; seen: u ≥ 0.1. The last cosine "
+        "step lies below the σ of the training, and is asked at the smallest of it.*"
+    )
+    return [*lines, "", note, ""]
+
+
+def phase_table(runs: dict[str, Run]) -> list[str]:
+    """Which phases the eigenvalue rule finds, at two resolutions, over all samples and recorded steps of every run."""
+    lines = ["## Phases by the eigenvalue rule", "", "| run | directions | Δ = 0.1 | Δ = 0.3 | smallest u at the last step |"]
+    lines += ["| --- " * 5 + "|"]
+    for name, found in runs.items():
+        cells = [phases_found(found, resolution) for resolution in (0.1, 0.3)]
+        least = ", ".join(f"{u:.2g}" for u in found.values[-1].min(axis=1))
+        lines.append(f"| {title_of(name)} | {found.values.shape[2]} | {cells[0]} | {cells[1]} | {least} |")
+    note = (
+        "*Phases in the order of the run with the σ at which they are recorded; of samples that differ, all phases. Where no u is "
+        "small at the last step, no direction is normal: that is consolidation on no manifold.*"
+    )
+    return [*lines, "", note, ""]
+
+
+def phases_found(found: Run, resolution: float) -> str:
+    """Every phase with its range of sigma, over all samples."""
+    trace = GeometryTrace(found.trace.steps, found.trace.settings | {"phase_resolution": resolution})
+    labels, sigmas, cells = np.asarray(trace.phases.labels), trace.sigmas, []
+    for phase in ("trivial", "coverage", "consolidation", "unresolved"):
+        steps = np.flatnonzero((labels == phase).any(axis=1))
+        if len(steps):
+            ends = ["∞" if math.isinf(sigmas[i]) else f"{sigmas[i]:.3g}" for i in (steps[0], steps[-1])]
+            cells.append(f"{phase} {ends[0]}" + (f" .. {ends[1]}" if len(steps) > 1 else ""))
+    return ", ".join(cells)
 
 
 def weights_digest() -> str:
@@ -225,8 +277,10 @@ def report(measured: dict[str, Any]) -> list[str]:
     runs = measured["runs"]
     lines = ["# Image models", "", f"Written by `examples/reproduce/image_models.py`. {VERDICT}", ""]
     lines += ["![image_models](image_models.png)", "", f"Weights of ddpm-mnist: sha256 {measured['weights']}.", ""]
-    lines += spectra_table("ddpm-mnist, one run", runs["ddpm-mnist"]) + spectra_table("ddpm-emoji, one run", runs["linear"])
-    return lines + class_table(measured["classes"]) + schedule_table(runs)
+    lines += spectra_table("ddpm-mnist, one sample", runs["ddpm-mnist"])
+    lines += spectra_table("ddpm-emoji, one sample of two", runs["linear"])
+    lines += phase_table(runs) + class_table(measured["classes"]) + schedule_table(runs)
+    return [*lines, took(measured["seconds"]), ""]
 
 
 def main() -> None:
