@@ -31,6 +31,37 @@ def test_printed_samples(p, n, by_weight, by_log_odds):
         assert 0 < times.mean().item() / theory - 1 < 3 / p
 
 
+MIXED = torch.tensor([4.0] * 4 + [0.25] * 8)
+
+
+def tanh_set(d, p, n, seed):
+    weights = torch.randn(d, p, generator=seeded(seed)) / math.sqrt(p)
+    return torch.tanh(torch.randn(n, p, generator=seeded(100 + seed)) @ weights.T)
+
+
+ROWS = {
+    "8, 4096": (lambda s: torch.randn(4096, 8, generator=seeded(s)), 0.0764, 0.0834, 0.0668, 3 / 8),
+    "16, 512": (lambda s: torch.randn(512, 16, generator=seeded(s)), 0.3239, 0.3324, 0.3067, 3 / 16),
+    "16, 4096": (lambda s: torch.randn(4096, 16, generator=seeded(s)), 0.2379, 0.2382, 0.2181, 3 / 16),
+    "mixed": (lambda s: torch.randn(1024, 12, generator=seeded(s)) * MIXED.sqrt(), 0.1923, 0.1975, 0.1602, 3 / 8),
+    "tanh 8": (lambda s: tanh_set(16, 8, 602, s), 0.0838, 0.0838, 0.0755, 3 / 8),
+    "tanh 10": (lambda s: tanh_set(20, 10, 2981, s), 0.0818, 0.0822, 0.0755, 3 / 10),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_printed_samples_of_larger_sets(row):
+    """A printed figure is of one data set: ours is within two deviations of sets, and above the theory by less than 3/p."""
+    draw, by_weight, by_log_odds, theory, bound = ROWS[row]
+    collapses = [EmpiricalCollapse(draw(s), num_draws=500, generator=seeded(50 + s)) for s in range(12)]
+    for criterion, printed in (("weight", by_weight), ("log_odds", by_log_odds)):
+        times = torch.tensor([collapse.time(criterion).value for collapse in collapses])
+        assert times.std() < 0.13 * printed
+        assert times.mean().item() == pytest.approx(printed, abs=2 * times.std().item())
+        assert 0 < times.mean().item() / theory - 1 < bound
+    assert collapse_time_gaussian(MIXED, math.log(1024)) == pytest.approx(0.1602, abs=5e-5)
+
+
 def test_the_theory_is_the_limit_of_large_dimension():
     """At fixed 2 alpha / beta the excess falls with 1/p; the extrapolation by two sizes comes within 5 % of the theory."""
     times = []
@@ -98,6 +129,19 @@ def test_information_of_an_exact_denoiser_from_its_errors():
         assert found[i].sem < 0.05 * exact + 0.01
     worse = held_out_information(sigmas.numpy(), 1.2 * errors, variances)
     assert worse[0].value > found[0].value
+
+
+def test_the_covariance_stands_for_what_lies_above_the_largest_noise():
+    """Levels that end at sigma = 1, where variances of 4 and 1 still tell 1.15 nats: exact errors with the tail give all of it."""
+    variances, sigmas = torch.tensor([4.0, 1.0, 0.05]).double(), torch.logspace(-1.5, 0.0, 81).double()
+    errors = (variances * sigmas[:, None] ** 2 / (variances + sigmas[:, None] ** 2)).sum(1)[:, None].expand(-1, 2)
+    found, without = (held_out_information(sigmas, errors, v) for v in (variances, None))
+    tail = 0.5 * torch.log1p(variances).sum().item()
+    assert tail == pytest.approx(1.1757, abs=1e-4)
+    for i in (0, 40, 80):
+        exact = 0.5 * torch.log1p(variances / sigmas[i] ** 2).sum().item()
+        assert found[i].value == pytest.approx(exact, abs=1e-3)
+        assert without[i].value == pytest.approx(exact - tail, abs=1e-3)
 
 
 @pytest.mark.parametrize(
