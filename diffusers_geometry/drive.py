@@ -85,28 +85,37 @@ class Drive:
         """
         return [output for output, _ in self._run(points)]
 
-    def verified(self, points: Sequence[Tensor]) -> list[Tensor]:
-        """Like a call, for plain tensors, and checks that the loop asked for its steps at exactly these points."""
-        results = self._run(points)
+    def verified(self, points: Sequence[Tensor], *, own_precision: bool = False) -> list[Tensor]:
+        """Like a call, for plain tensors, and checks that the loop asked for its steps at exactly these points.
+
+        With ``own_precision`` the networks run as the user has them, outside any scope of probe weights.
+        """
+        results = self._run(points, own_precision)
         for point, (_, sample) in zip(points, results, strict=True):
             if not torch.equal(sample.to(point.dtype), point):
+                if torch.equal(sample, point.to(sample.dtype)) or (sample - point).norm() < 1e-2 * point.norm():
+                    raise RuntimeError(
+                        f"{self.call.pipeline_class.__name__} rounds its sample to half precision within its loop, so that it has "
+                        "no float32 derivative. Expected the pipeline in float32: load it with dtype=torch.float32."
+                    )
                 raise RuntimeError(
                     f"{self.call.pipeline_class.__name__} changes the sample between two scheduler steps, so its model cannot be "
                     "evaluated at a chosen point. Expected scheduler.step to be the only thing that moves the sample."
                 )
         return [output for output, _ in results]
 
-    def _run(self, points: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def _run(self, points: Sequence[Tensor], own_precision: bool = False) -> list[tuple[Tensor, Tensor]]:
         """(model output, sample that the scheduler was given) at every point, in as many runs as it takes."""
         pairs = []
         for start in range(0, len(points), self.places):
-            pairs += self._one_run([torch.cat([p, p]) if self.duplicated else p for p in points[start : start + self.places]])
+            taken = [torch.cat([p, p]) if self.duplicated else p for p in points[start : start + self.places]]
+            pairs += self._one_run(taken, own_precision)
         pairs = [(own_channels(output, sample.shape), sample) for output, sample in pairs]
         return [(o[: len(o) // 2], x[: len(x) // 2]) for o, x in pairs] if self.duplicated else pairs
 
-    def _one_run(self, points: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    def _one_run(self, points: list[Tensor], own_precision: bool) -> list[tuple[Tensor, Tensor]]:
         before = max(self.iteration - 1, 0) if self.by_count else 0
-        pipe, received = self._private_pipeline([points[0].detach()] * before + points)
+        pipe, received = self._private_pipeline([points[0].detach()] * before + points, own_precision)
         run_privately(self.call, pipe)
         if len(received) != before + len(points) + 1:
             raise RuntimeError(
@@ -115,7 +124,7 @@ class Drive:
             )
         return received[before + 1 :]
 
-    def _private_pipeline(self, points: list[Tensor]) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
+    def _private_pipeline(self, points: list[Tensor], own_precision: bool) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
         scheduler, received, upcoming = copy.deepcopy(self.scheduler), [], iter(points)
         originals = {name: getattr(scheduler, name) for name in PATCHED if hasattr(scheduler, name)}
         parameters = list(inspect.signature(type(scheduler).step).parameters)[1:]
@@ -147,7 +156,7 @@ class Drive:
         if "scale_model_input" in originals:
             replacements["scale_model_input"] = scale_model_input
         scheduler.__dict__.update(replacements)
-        return private_pipeline(self.call, scheduler), received
+        return private_pipeline(self.call, scheduler, own_precision=own_precision), received
 
 
 def own_channels(output: Tensor, shape: Sequence[int]) -> Tensor:

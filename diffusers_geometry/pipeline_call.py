@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,8 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor, nn
+
+from .precision import map_tensors, to_float32
 
 _CALLBACKS = ("callback", "callback_on_step_end")
 
@@ -110,11 +112,15 @@ def keeping_attention_processors(pipe: Any) -> Iterator[None]:
                 part.set_processor(processor) if hasattr(part, "set_processor") else setattr(part, "processor", processor)
 
 
-def private_pipeline(call: PipelineCall, scheduler: Any, **components: Any) -> Any:
-    """A shallow copy of the call's pipeline with another scheduler, and other components where given."""
+def private_pipeline(call: PipelineCall, scheduler: Any, *, own_precision: bool = False, **components: Any) -> Any:
+    """A shallow copy of the call's pipeline with another scheduler, and other components where given.
+
+    Its networks keep their dtype through the run, unless it is to run in its ``own_precision``.
+    """
     pipe = copy.copy(call.pipe)
     pipe.__class__ = call.pipeline_class
-    networks = {name: _staying(m) for name, m in call.pipe.components.items() if isinstance(m, nn.Module)}
+    modules = {name: m for name, m in call.pipe.components.items() if isinstance(m, nn.Module)}
+    networks = modules if own_precision else {name: _staying(m) for name, m in modules.items()}
     guiders = {name: copy.copy(g) for name, g in call.pipe.components.items() if isinstance(g, diffusers.guiders.BaseGuidance)}
     pipe.__dict__.update(networks | guiders | components, scheduler=scheduler, _progress_bar_config={"disable": True})
     return pipe
@@ -134,7 +140,20 @@ def _staying(module: nn.Module) -> nn.Module:
         return twin
 
     twin.to = to
+    for name in ("encode", "decode"):  # of autoencoders, whose inputs no hook on forward sees
+        if callable(getattr(module, name, None)):
+            setattr(twin, name, _raised(getattr(module, name)))
     return twin
+
+
+def _raised(method: Callable) -> Callable:
+    """A method whose half precision inputs are raised to float32, as its weights are while it is probed."""
+
+    @functools.wraps(method)
+    def raised(*args: Any, **kwargs: Any) -> Any:
+        return method(*map_tensors(args, to_float32), **map_tensors(kwargs, to_float32))
+
+    return raised
 
 
 def _with_gradients(block: Any) -> Any:

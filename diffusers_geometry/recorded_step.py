@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -21,7 +22,7 @@ from .difference import check_derivative, is_out_of_memory, require_finite
 from .drive import Drive
 from .ending import Ending
 from .jacobian import Derivative, Jacobian
-from .precision import HALF, ProbeWeights, has_step_cache, to_float32
+from .precision import HALF, ProbeWeights, has_step_cache, is_half, to_float32
 from .replay import NetworkCall, Replay, ReplayRefused, input_scales, is_single_output, sampled_calls
 from .schedule import NoiseLevel
 
@@ -160,7 +161,8 @@ class RecordedStep:
         half, x = self.sample.dtype in HALF, to_float32(self.sample)
         generator = torch.Generator().manual_seed(self.index)
         shift = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) * (_OFF_TRAJECTORY * self.sigma_t)
-        on_point = self._check_places(x, HALF_TOLERANCE if half or self._autocast else CERTIFICATE_TOLERANCE)
+        half = half or any(is_half(call.module) for call in self._calls)
+        on_point = self._check_places(x, half and not self._autocast)
         points = [x, x + shift, x - shift]
         with self._weights.scope(), torch.no_grad():
             driven = [require_finite(o, f"the network's output at step {self.index}") for o in self.drive.verified(points)]
@@ -185,21 +187,24 @@ class RecordedStep:
             return "drive", on_point
         return "replay", error
 
-    def _check_places(self, x: Tensor, tolerance: float) -> float:
+    def _check_places(self, x: Tensor, own_precision: bool) -> float:
         """Disagreement of the driven loop with the recorded output, the largest over the iterations that take points.
 
-        Where an iteration disagrees, only the one that this step was is used.
+        Where an iteration disagrees, only the one that this step was is used. A half precision pipeline is held against its
+        record in its own precision; what float32 probes differ by is noted.
         """
+        tolerance = HALF_TOLERANCE if self._autocast else CERTIFICATE_TOLERANCE
         for by_count in (False, True):
             self.drive.by_count = by_count
-            with self._weights.scope(), torch.no_grad():
-                driven = self.drive.verified([x] * self.drive.places)
+            with nullcontext() if own_precision else self._weights.scope(), torch.no_grad():
+                point = self.sample if own_precision else x
+                driven = self.drive.verified([point] * self.drive.places, own_precision=own_precision)
             errors = [_relative(require_finite(o, f"the network's output at step {self.index}"), self.model_output) for o in driven]
             if self._cached:  # the trajectory is that of the cached run, the denoiser that of the network itself
                 self.note = f"a step cache changed the recorded output by {errors[0]:.1e}; probes are of the network without it"
                 return errors[0]
             if max(errors) <= tolerance:
-                return max(errors)
+                return self._noted(x) if own_precision else max(errors)
             if self.drive.iteration == 0:
                 break  # the first iteration has the pipeline's own sample
         raise RuntimeError(
@@ -207,6 +212,14 @@ class RecordedStep:
             f"output that differs by {max(errors):.1e} from the recorded one. Expected a step that depends on the sample and "
             "the call's arguments only; a callback, a cache or a first step unlike the others changes the network's input."
         )
+
+    def _noted(self, x: Tensor) -> float:
+        """What the float32 loop differs by from a half precision record; such rounding is no reason to refuse."""
+        with self._weights.scope(), torch.no_grad():
+            error = _relative(self.drive.verified([x])[0], self.model_output)
+        if error > CERTIFICATE_TOLERANCE:
+            self.note = f"float32 probes differ from the recorded half precision output by {error:.1e}"
+        return error
 
     def _check_rows(self, x: Tensor, shift: Tensor, driven: list[Tensor]) -> None:
         """Refuses samples that are frames of one: a row of a batch must not follow the others."""
@@ -250,6 +263,8 @@ class RecordedStep:
         self._replay = Replay(self.sample, self.model_output, self._calls)
         try:
             with self._weights.scope(), torch.no_grad():
+                if any(is_half(call.module) for call in self._calls):
+                    self._replay.fit(points[0], driven[0])
                 replayed = self._replay(torch.stack(points), self._replay.weights)
         except RuntimeError as error:  # shapes that a network takes from more than its batch
             if is_out_of_memory(error):

@@ -74,6 +74,14 @@ class Replay:
         """The scale with which the networks saw the sample."""
         return self.slots[0].c_in
 
+    def fit(self, x: Tensor, model_output: Tensor) -> None:
+        """Solves for the weights again, at a point (b, *dims) and in the precision in which the networks are called now."""
+        outputs = []
+        for call, slot in zip(self.calls, self.slots, strict=True):
+            args, kwargs = self._arguments(call, slot, x[None], None)
+            outputs.append(self._split(call.module(*args, **kwargs), slot.repeats, 1, len(x))[:, 0])
+        self.weights = _combination(torch.cat(outputs), model_output)
+
     def branch_weights(self, branch: str) -> Tensor:
         """Weights of "guided", "conditional" or "unconditional", shape (number of outputs,).
 
