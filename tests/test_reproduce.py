@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPRODUCE = Path(__file__).parent.parent / "examples" / "reproduce"
-HELPERS = ("arguments.py", "curved.py", "digit_classes.py", "runs.py")  # what scripts share
+HELPERS = ("arguments.py", "curved.py", "digit_classes.py", "exact_collapse.py", "labour.py", "runs.py")  # what scripts share
 SCRIPTS = sorted(path.name for path in REPRODUCE.glob("*.py") if path.name not in HELPERS)
 
 

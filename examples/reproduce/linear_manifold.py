@@ -1,6 +1,6 @@
 """Reproduce the linear manifolds of arXiv:2410.05898: spectra, gaps and phases in closed form, of the exact and of trained scores.
 
-python examples/reproduce/linear_manifold.py        # about two minutes on two cores; figures and tables in results/
+python examples/reproduce/linear_manifold.py        # about a minute of one core; figures and tables in results/
 """
 
 from __future__ import annotations
