@@ -116,7 +116,7 @@ class Drive:
     def _one_run(self, points: list[Tensor], own_precision: bool) -> list[tuple[Tensor, Tensor]]:
         before = max(self.iteration - 1, 0) if self.by_count else 0
         pipe, received = self._private_pipeline([points[0].detach()] * before + points, own_precision)
-        run_privately(self.call, pipe)
+        run_privately(self.call, pipe, own_precision=own_precision)
         if len(received) != before + len(points) + 1:
             raise RuntimeError(
                 f"{self.call.pipeline_class.__name__} evaluated {max(len(received) - 1, 0)} of {before + len(points)} points when "

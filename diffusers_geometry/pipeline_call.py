@@ -121,6 +121,8 @@ def private_pipeline(call: PipelineCall, scheduler: Any, *, own_precision: bool 
     pipe.__class__ = call.pipeline_class
     modules = {name: m for name, m in call.pipe.components.items() if isinstance(m, nn.Module)}
     networks = modules if own_precision else {name: _staying(m) for name, m in modules.items()}
+    if not own_precision and hasattr(pipe, "encode_prompt"):  # whose dtype pipelines give to what their networks see
+        components = {"encode_prompt": _float32_of(pipe.encode_prompt)} | components
     guiders = {name: copy.copy(g) for name, g in call.pipe.components.items() if isinstance(g, diffusers.guiders.BaseGuidance)}
     pipe.__dict__.update(networks | guiders | components, scheduler=scheduler, _progress_bar_config={"disable": True})
     return pipe
@@ -146,6 +148,16 @@ def _staying(module: nn.Module) -> nn.Module:
     return twin
 
 
+def _float32_of(method: Callable) -> Callable:
+    """A method whose half precision results are raised to float32."""
+
+    @functools.wraps(method)
+    def raised(*args: Any, **kwargs: Any) -> Any:
+        return map_tensors(method(*args, **kwargs), to_float32)
+
+    return raised
+
+
 def _raised(method: Callable) -> Callable:
     """A method whose half precision inputs are raised to float32, as its weights are while it is probed."""
 
@@ -167,12 +179,13 @@ def _with_gradients(block: Any) -> Any:
     return twin
 
 
-def run_privately(call: PipelineCall, pipe: Any, **changed: Any) -> Any:
+def run_privately(call: PipelineCall, pipe: Any, *, own_precision: bool = False, **changed: Any) -> Any:
     """Repeats the call on a private pipeline, with gradients where they are enabled; None when :class:`EndOfRun` ended it.
 
     Args:
         call: The recorded call.
         pipe: From :func:`private_pipeline`.
+        own_precision: As there; else half precision arguments are raised to float32.
         **changed: Arguments of the call that differ.
     """
     run = call.pipeline_class.__call__
@@ -182,6 +195,7 @@ def run_privately(call: PipelineCall, pipe: Any, **changed: Any) -> Any:
             pipe.__dict__["_blocks"] = _with_gradients(pipe._blocks)
     try:
         with call.global_rng(), keeping_attention_processors(pipe):
-            return run(pipe, *call.positional, **call.replayed_arguments() | changed)
+            arguments = call.replayed_arguments() | changed
+            return run(pipe, *call.positional, **arguments if own_precision else map_tensors(arguments, to_float32))
     except EndOfRun:
         return None

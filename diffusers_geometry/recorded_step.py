@@ -261,9 +261,10 @@ class RecordedStep:
     def _compare_replay(self, points: list[Tensor], driven: list[Tensor]) -> float:
         """Builds the replay and returns its largest disagreement of outputs; ReplayRefused beyond tolerance."""
         self._replay = Replay(self.sample, self.model_output, self._calls)
+        half = any(is_half(call.module) for call in self._calls)
         try:
             with self._weights.scope(), torch.no_grad():
-                if any(is_half(call.module) for call in self._calls):
+                if half:
                     self._replay.fit(points[0], driven[0])
                 replayed = self._replay(torch.stack(points), self._replay.weights)
         except RuntimeError as error:  # shapes that a network takes from more than its batch

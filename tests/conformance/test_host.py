@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
+from catalogue import CASES
 from diffusers.models.attention_processor import AttnProcessor
 from flow import flux, flux_call
-from tiny import dit_call, dit_pipeline, randn, sd_call, sd_pipeline
+from tiny import ddpm_pipeline, dit_call, dit_pipeline, quiet, randn, sd_call, sd_pipeline
 
 from diffusers_geometry import record, with_geometry
 from diffusers_geometry.precision import _CACHES
@@ -258,3 +259,60 @@ def test_the_copies_of_half_precision_are_in_the_plan():
     copies = sum(4 * p.numel() for m in (half.unet, half.vae) for p in m.parameters())
     assert rows[0]["weights_memory_bytes"] == copies
     assert rows[1]["weights_memory_bytes"] == 0
+
+
+HALF_CLASSES = ("DDPMPipeline", "StableDiffusionPipeline", "StableDiffusionXLImg2ImgPipeline", "FluxPipeline", "WanPipeline",
+                "LTXPipeline", "QwenImagePipeline", "SanaPipeline", "CogVideoXPipeline")  # fmt: skip
+
+
+def half(value):
+    return value.to(torch.bfloat16) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+@pytest.mark.parametrize("name", HALF_CLASSES)
+def test_half_precision_pipelines_are_probed_whatever_they_round(name):
+    """Held against the record in their own precision; the derivative is that of the float32 loop, and nothing is converted."""
+    case = next(c for c in CASES if c.name == name)
+    pipe = case.build().to(torch.bfloat16)
+    call = {k: half(v) if "embed" in k else v for k, v in case.arguments(pipe).items()}
+    call |= {"output_type": "pt"} if call.get("output_type") == "np" else {}
+    networks = [m for m in pipe.components.values() if isinstance(m, torch.nn.Module)]
+    before = [{key: (p.dtype, p.data_ptr()) for key, p in m.named_parameters()} for m in networks]
+    with record(pipe, [1]) as recording:
+        pipe(**call, generator=seeded())
+    step = recording[0]
+    jacobian = step.denoiser.select(0).jacobian(step.sample[0].float())
+    u, v = (randn(*step.sample.shape[1:], seed=seed) for seed in (1, 2))
+    assert float((jacobian.jvp(v) * u).sum()) == pytest.approx(float((jacobian.vjp(u) * v).sum()), rel=1e-3, abs=1e-3)
+    assert jacobian.value.dtype == torch.float32
+    assert "half precision output" in step.note
+    assert [{key: (p.dtype, p.data_ptr()) for key, p in m.named_parameters()} for m in networks] == before
+
+
+def test_pipelines_that_round_their_sample_say_so():
+    class Rounding(diffusers.DDPMPipeline):
+        @torch.no_grad()
+        def __call__(self, generator=None, num_inference_steps=4):
+            image = torch.randn(1, 1, 8, 8, generator=generator)
+            self.scheduler.set_timesteps(num_inference_steps)
+            for t in self.scheduler.timesteps:
+                image = image.to(torch.bfloat16).float()
+                image = self.scheduler.step(self.unet(image, t).sample, t, image, generator=generator).prev_sample
+            return (image,)
+
+    plain = ddpm_pipeline()
+    with record(quiet(Rounding(plain.unet, plain.scheduler)), [1]) as recording:
+        recording.pipe(generator=seeded())
+    with pytest.raises(RuntimeError, match="rounds its sample to half precision within its loop.*load it with dtype=torch.float32"):
+        recording[0].denoiser.denoised(recording[0].sample + 1e-3)
+
+
+def test_guided_half_precision_has_its_branches():
+    pipe = with_geometry(sd_pipeline().to(torch.bfloat16))
+    call = sd_call(height=8, width=8, output_type="pt")
+    call |= {name: half(value) for name, value in call.items() if "embed" in name}
+    trace = pipe.analyze_geometry(**call, generator=seeded(), record_steps=[2], flipd=True, progress=False)
+    assert trace.steps[0].engine == "replay"
+    assert trace.steps[0].certificate_error < 2e-5
+    assert np.isfinite(trace.steps[0].flipd.value).all()
+    assert "half precision output" in trace.steps[0].details["note"]
