@@ -9,7 +9,8 @@
 
 Points are x_t = alpha_t x_0 + sigma_t epsilon of given clean samples, with noise that is drawn once. At each the Jacobian D' of the
 posterior mean gives psi at a fixed rank, nu, tr D' and the asymmetry |D' - D'ᵀ| / |D' + D'ᵀ|. A posterior mean has a symmetric D'
-(Cov(x_0 | y) / sigma²), so asymmetry measures what the network has not learnt yet, with no ground truth.
+(Cov(x_0 | y) / sigma²), so asymmetry is an error that needs no ground truth. It is not an error's only sign: a network that does
+nothing yet has D' = a multiple of the identity, which is symmetric, so that asymmetry may rise before it falls.
 """
 
 from __future__ import annotations
