@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from catalogue import CASES
 
 from diffusers_geometry.bundled import DIGITS
 from diffusers_geometry.mixin import GEOMETRY_PIPELINES
@@ -78,3 +79,35 @@ def test_custom_pipelines_load_from_a_foreign_folder(shim, model, printed, tmp_p
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == printed
+
+
+ZOO = ROOT / "examples" / "zoo"
+OTHERS = {
+    "ddim": ("GeometryDDIMPipeline", DIGITS), "dit": ("GeometryDiTPipeline", ZOO / "dit-mnist"),
+    "stable_diffusion": ("GeometryStableDiffusionPipeline", ZOO / "sd-mnist"),
+    "stable_diffusion_3": ("GeometryStableDiffusion3Pipeline", ZOO / "sd3-mnist"),
+    "stable_diffusion_xl": ("GeometryStableDiffusionXLPipeline", "StableDiffusionXLPipeline"),
+    "flux": ("GeometryFluxPipeline", "FluxPipeline"), "pixart_alpha": ("GeometryPixArtAlphaPipeline", "PixArtAlphaPipeline"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shim", OTHERS)
+def test_the_other_custom_pipelines_load_from_a_foreign_folder(shim, tmp_path):
+    name, model = OTHERS[shim]
+    if isinstance(model, str):  # a tiny one of the conformance suite
+        next(case.build for case in CASES if case.name == model)().save_pretrained(tmp_path / "model")
+        model = tmp_path / "model"
+    # Text encoders that a class does not call optional are named when a folder has none.
+    absent = "".join(f", {part}=None" for part in ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")) * (shim == "flux")
+    code = (
+        "from diffusers import DiffusionPipeline\n"
+        f"pipe = DiffusionPipeline.from_pretrained({str(model)!r}, custom_pipeline={str(ROOT / 'pipelines' / shim)!r}, "
+        f"trust_remote_code=True{absent})\n"
+        "print(type(pipe).__name__, hasattr(pipe, 'analyze_geometry'))\n"
+    )
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == f"{name} True"

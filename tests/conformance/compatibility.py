@@ -17,6 +17,10 @@ with diffusers {diffusers.__version__}. A class that is not listed is recorded b
 * **reverse, forward**: one Jacobian product, in evaluations of the denoiser by that engine, at chunks of 8.
 * **decoded, sampled**: the maps to the decoder's output, and through the remaining steps of the sampler.
 * **why**: what refuses replay, a map, or the whole run, in the library's own words.
+
+Modular pipelines are recorded through the same step wrapper, and driven with gradients by copies of their blocks:
+`StableDiffusion3ModularPipeline` replays with a certified error below 2e-5, takes `of="decoded"` and passes the self-check
+(`tests/conformance/test_modular.py`). Half precision is held against its own record, see `tests/conformance/test_host.py`.
 """
 
 

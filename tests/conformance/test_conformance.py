@@ -4,6 +4,7 @@ The truth for an evaluated point is :func:`oracle.own_loop_output`, the pipeline
 """
 
 import functools
+import itertools
 import os
 import re
 import time
@@ -141,14 +142,15 @@ def test_drive_is_the_pipelines_own_loop(run):
 def test_every_engine_agrees_with_the_untouched_loop_off_the_trajectory(run):
     """Twelve points at once: more than one run of the loop takes."""
     step = run.recording[-1]
-    if step.drive.iteration == 0 or step.drive.duplicated:
-        pytest.skip("the oracle cannot choose the first step's point, nor half of a doubled batch")
+    if step.drive.iteration == 0:
+        pytest.skip("the oracle cannot choose the first step's point")
     points = [off_trajectory(step, seed) for seed in range(12)]
     with torch.no_grad():
         driven = step.drive(points)
         denoised = step.denoiser.denoised(torch.cat(points))
     for i in (0, 11):
-        truth = own_loop_output(run.pipe, run.case.arguments(run.pipe), step.drive.iteration, points[i])
+        given = torch.cat([points[i]] * 2) if step.drive.duplicated else points[i]
+        truth = own_loop_output(run.pipe, run.case.arguments(run.pipe), step.drive.iteration, given)[: len(points[i])]
         truth = truth[:, : step.sample.shape[1]] if truth.shape != step.sample.shape else truth
         torch.testing.assert_close(driven[i], truth, rtol=1e-4, atol=1e-5 * float(truth.abs().max()))
         expected = step.level.a * points[i] + step.level.b * truth
@@ -184,6 +186,7 @@ def test_products_are_adjoint_and_are_derivatives(run):
         with torch.no_grad():
             difference = (fn(points[0][None]) - fn(points[1][None]))[0] / (2 * h * step.sigma_t)
         errors.append(float((difference - forward[0]).norm() / difference.norm()))
+    assert min(map(max, itertools.pairwise(errors))) < 2e-2, errors  # of two neighbouring steps
     assert min(errors) < 1e-2, errors
     add_row(run, **{name: f"{cost:.1f}" for name, cost in costs(denoiser, x_t, jacobian, u, v).items()})
 
@@ -243,14 +246,16 @@ def test_a_trace_is_finite(run):
     assert trace.settings["pipeline"] == run.case.name.split()[0]
 
 
-def test_the_page_says_what_was_measured():
-    """With WRITE_COMPATIBILITY=1 it is written, else the rows that ran are compared with it."""
+def test_the_page_says_what_was_measured(request):
+    """With WRITE_COMPATIBILITY=1 it is written, if nothing failed; else the rows that ran are compared with it."""
     if os.environ.get("WRITE_COMPATIBILITY"):
+        assert not request.session.testsfailed, "not written: a failed test leaves its cell empty"
         compatibility.write(ROWS.values())
     page = compatibility.read()
     answered = {name.split()[0] for (name, _), row in page.items() if row["engine"] != "refused"}
-    assert len(answered) >= 30
+    assert len(answered) >= 58
+    whole = set(ROWS) == set(page)  # else only part of the suite ran, and empty cells say nothing
     for key, row in ROWS.items():
         for name in compatibility.COLUMNS:
-            if name not in compatibility.MEASURED and row[name] != "-":
+            if name not in compatibility.MEASURED and (whole or row[name] != "-"):
                 assert page[key][name] == str(row[name]).replace("|", "/"), key
