@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
+from sklearn.datasets import load_digits
 
 from diffusers_geometry import dense_spectrum
 from diffusers_geometry.dimension import effective_dimension, flipd
@@ -15,7 +16,7 @@ from diffusers_geometry.exact import EmpiricalDenoiser
 
 sys.path.append(str(Path(__file__).parent.parent / "examples" / "reproduce"))
 
-from curved import RADII, BarDenoiser, bar_derivatives, bar_grid, bar_radii, bars, laws, manifolds
+from curved import RADII, DigitDenoiser, digit_derivatives, digit_grid, digit_images, digit_radii, laws, manifolds
 from nonlinear_manifolds import window
 from runs import SCHEDULES, AtEqualSigma, log_sigmas, rising, shares
 
@@ -36,19 +37,25 @@ def test_circles_match_a_sum_over_their_angles():
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0])
-def test_bars_match_a_grid_over_the_whole_domain(sigma):
-    parameters = torch.tensor([0.2, -0.3, 0.5]).double()
-    x = bars(parameters[None])
+def test_digits_match_a_grid_over_the_whole_domain(sigma):
+    parameters = torch.tensor([0.2, -0.3, 0.25]).double()
+    x = digit_images(parameters[None])
     y = x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.double)
-    everywhere = bar_grid(0 * parameters, torch.full((3,), 9.0).double(), 40)
-    expected = EmpiricalDenoiser(bars(everywhere), chunk_size=16384).at(1.0, sigma).denoised(y)
+    everywhere = digit_grid(0 * parameters, torch.full((3,), 9.0).double(), 40)
+    expected = EmpiricalDenoiser(digit_images(everywhere), chunk_size=16384).at(1.0, sigma).denoised(y)
     # At the edges of the domain a sum errs by half a spacing.
-    torch.testing.assert_close(BarDenoiser(parameters).at(1.0, sigma).denoised(y), expected, rtol=0, atol=0.01)
+    torch.testing.assert_close(DigitDenoiser(parameters).at(1.0, sigma).denoised(y), expected, rtol=0, atol=0.01)
 
 
-def test_a_bar_moves_with_its_parameters():
-    still, moved = bars(torch.tensor([[0.0, 0.0, 0.4], [1.0, -2.0, 0.4 + math.pi]], dtype=torch.double)).reshape(2, 12, 12)
-    torch.testing.assert_close(moved[:10, 1:], still[2:, :11], rtol=0, atol=1e-12)  # one to the right, two up, half a turn
+def test_a_digit_moves_with_its_parameters():
+    """Unmoved it is the image itself; a step of the parameters by whole pixels, or a quarter turn, moves pixels about."""
+    own, still, moved, turned = digit_images(
+        torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 0.4], [1.0, -2.0, 0.4], [0.0, 0.0, math.pi / 2]], dtype=torch.double)
+    ).reshape(4, 12, 12)
+    torch.testing.assert_close(own[2:10, 2:10], torch.from_numpy(load_digits().images[3]) / 16, rtol=0, atol=1e-12)
+    torch.testing.assert_close(moved[:10, 1:], still[2:, :11], rtol=0, atol=1e-12)  # one to the right, two up
+    torch.testing.assert_close(turned, own.rot90(-1), rtol=0, atol=1e-9)
+    assert (own - still).norm() > 1
 
 
 def test_laws_of_curvature_hold_where_the_noise_is_small():
@@ -64,12 +71,12 @@ def test_laws_of_curvature_hold_where_the_noise_is_small():
     assert np.mean(clean) == pytest.approx(second * (10 * sigma) ** 2, rel=0.02)
 
 
-def test_radii_of_the_bars_by_differences():
+def test_radii_of_the_digits_by_differences():
     middle, h = torch.tensor([0.0, 0.0, 0.5]).double(), 1e-3
-    tangent, _ = bar_derivatives(middle)
-    for i, radius in enumerate(bar_radii()):
+    tangent, _ = digit_derivatives(middle)
+    for i, radius in enumerate(digit_radii()):
         step = h * torch.eye(3).double()[i]
-        before, here, after = bars(torch.stack([middle - step, middle, middle + step]))
+        before, here, after = digit_images(torch.stack([middle - step, middle, middle + step]))
         second = (after - 2 * here + before) / h**2
         second = second - tangent @ torch.linalg.lstsq(tangent, second[:, None]).solution[:, 0]
         assert radius == pytest.approx((((after - before) / (2 * h)).square().sum() / second.norm()).item(), rel=1e-4)

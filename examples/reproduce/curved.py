@@ -1,8 +1,8 @@
-"""Manifolds of known dimension with exact denoisers: linear, a sphere, a product of circles, and images of a bar.
+"""Manifolds of known dimension with exact denoisers: linear, a sphere, a product of circles, and a digit that moves and turns.
 
-Sphere and circles are carried into more dimensions by orthonormal columns. The bar has soft edges; its place and angle vary, and
-its posterior mean is a quadrature over these three parameters, finer than the posterior at every noise. The same bars on a fixed
-grid are what a finite data set knows of them.
+Sphere and circles are carried into more dimensions by orthonormal columns. The digit is one image of scikit-learn's, a cubic spline
+through its pixels; its place and angle vary, and its posterior mean is a quadrature over these three parameters, finer than the
+posterior at every noise. The same images on a fixed grid are what a finite data set knows of them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.ndimage import spline_filter
+from sklearn.datasets import load_digits
 from torch import Tensor
 
 from diffusers_geometry.exact import EmpiricalDenoiser, ExactDenoiser, LinearManifoldDenoiser, SphereDenoiser
 
 AMBIENT, PIXELS = 24, 12
 SPHERE_DIM, RADII = 10, (1.0, 1.0, 0.3, 0.3)
-LENGTH, WIDTH, SOFTNESS, REACH = 7.0, 2.0, 0.7, 2.0  # of the bar, in pixels; REACH: how far its middle moves each way
+DIGIT, REACHES = 3, (1.5, 1.5, math.pi / 4)  # which image, and how far it moves (pixels) and turns each way
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -47,66 +50,89 @@ class Embedded(ExactDenoiser):
         return self.inner.posterior_mean(x_t @ self.basis, alpha_t, sigma_t) @ self.basis.T
 
 
-def bars(parameters: Tensor) -> Tensor:
-    """Images (n, 144) of bars whose middle is at (x, y) pixels from that of the image and that point at an angle, (n, 3)."""
+@functools.cache
+def spline_coefficients() -> Tensor:
+    """Of the cubic B-splines through the digit's 8 x 8 pixels with two of margin, in a border of zeros, (28, 28)."""
+    image = np.pad(load_digits().images[DIGIT] / 16, 2)
+    return torch.from_numpy(np.pad(spline_filter(image, order=3, mode="mirror"), 8))
+
+
+def digit_images(parameters: Tensor) -> Tensor:
+    """Images (n, 144) of the digit moved by (x, y) pixels and turned about its middle by an angle, (n, 3)."""
+    return torch.cat([_digit_images(part) for part in parameters.split(2048)])
+
+
+def _digit_images(parameters: Tensor) -> Tensor:
     x, y, angle = (p[:, None] for p in parameters.unbind(1))
+    coefficients = spline_coefficients()
     down, right = (c.flatten() - (PIXELS - 1) / 2 for c in torch.meshgrid(*[torch.arange(PIXELS).double()] * 2, indexing="ij"))
-    along = angle.cos() * (right - x) + angle.sin() * (down - y)
-    across = angle.cos() * (down - y) - angle.sin() * (right - x)
+    column = angle.cos() * (right - x) + angle.sin() * (down - y)
+    row = angle.cos() * (down - y) - angle.sin() * (right - x)
+    image, shares, firsts = 0.0, [], []
+    for place in (row, column):
+        place = (place + (len(coefficients) - 1) / 2).clamp(2, len(coefficients) - 3)
+        first = place.detach().floor()
+        shares.append(_spline_shares(place - first))
+        firsts.append(first.long() - 1)
+    for i, down_share in enumerate(shares[0]):
+        for j, right_share in enumerate(shares[1]):
+            image = image + down_share * right_share * coefficients[firsts[0] + i, firsts[1] + j]
+    return image
 
-    def inside(place: Tensor, size: float) -> Tensor:
-        return ((size / 2 - place) / SOFTNESS).sigmoid() * ((size / 2 + place) / SOFTNESS).sigmoid()
 
-    return inside(along, LENGTH) * inside(across, WIDTH)
+def _spline_shares(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four cubic B-splines that are not zero at a place t in [0, 1) of its cell."""
+    square, cube = t**2, t**3
+    return (1 - t) ** 3 / 6, (3 * cube - 6 * square + 4) / 6, (-3 * cube + 3 * square + 3 * t + 1) / 6, cube / 6
 
 
-def bar_grid(middle: Tensor, half: Tensor, nodes: int) -> Tensor:
-    """Parameters (n, 3) on a grid of ``half`` around ``middle``, cut to the domain; the angle closes after pi."""
+def digit_grid(middle: Tensor, half: Tensor, nodes: int) -> Tensor:
+    """Parameters (n, 3) on a grid of ``half`` around ``middle``, cut to the domain."""
     axes = []
-    for i in range(3):
-        full = half[i] >= (math.pi / 2 if i == 2 else 2 * REACH)
-        if i == 2 and full:
-            axes.append(torch.arange(nodes).double() * math.pi / nodes)
-        elif i == 2:
-            axes.append(middle[i] + half[i] * torch.linspace(-1, 1, nodes, dtype=torch.double))
-        else:
-            low, high = max(-REACH, (middle[i] - half[i]).item()), min(REACH, (middle[i] + half[i]).item())
-            axes.append(torch.linspace(low, high, nodes, dtype=torch.double))
+    for place, width, reach in zip(middle.tolist(), half.tolist(), REACHES, strict=True):
+        axes.append(torch.linspace(max(-reach, place - width), min(reach, place + width), nodes, dtype=torch.double))
     return torch.cartesian_prod(*axes)
 
 
-class BarDenoiser(ExactDenoiser):
-    """Bars of uniform parameters, by quadrature around those of the image that was noised.
+class DigitDenoiser(ExactDenoiser):
+    """The digit with uniform parameters, by quadrature around those of the image that was noised.
 
-    The nodes reach 7 standard deviations of the posterior of each parameter (sigma over the length of its derivative), or the ends
-    of the domain. At 21 nodes their spacing is 0.7 of one: the sum of a Gaussian over such a grid errs by exp(-2 pi² / 0.7²).
+    The nodes reach 7 standard deviations of the posterior of each parameter (sigma times the root of the inverse metric's
+    diagonal), or the ends of the domain. At 21 nodes their spacing is 0.7 of one: the sum of a Gaussian over such a grid errs by
+    exp(-2 pi² / 0.7²).
     """
 
     dim = PIXELS**2
 
     def __init__(self, parameters: Tensor, nodes: int = 21) -> None:
         self.parameters, self.nodes = parameters.double(), nodes
-        self.lengths = torch.func.jacfwd(lambda p: bars(p[None])[0])(self.parameters).norm(dim=0)
+        tangent = torch.func.jacfwd(lambda p: digit_images(p[None])[0])(self.parameters)
+        self.spread = torch.linalg.inv(tangent.T @ tangent).diagonal().sqrt()
         self.grid = functools.cache(self._grid)
 
     def _grid(self, sigma: float) -> EmpiricalDenoiser:
-        return EmpiricalDenoiser(bars(bar_grid(self.parameters, 7 * sigma / self.lengths, self.nodes)), chunk_size=16384)
+        return EmpiricalDenoiser(digit_images(digit_grid(self.parameters, 7 * sigma * self.spread, self.nodes)), chunk_size=16384)
 
     def posterior_mean(self, x_t: Tensor, alpha_t: float, sigma_t: float) -> Tensor:
         return self.grid(sigma_t / alpha_t).posterior_mean(x_t, alpha_t, sigma_t)
 
 
-def bar_derivatives(parameters: Tensor) -> tuple[Tensor, Tensor]:
-    """First derivatives of a bar (144, 3), and the part of the second that is normal to the manifold, (144, 3, 3)."""
-    first = torch.func.jacfwd(lambda p: bars(p[None])[0])
+def digit_parameters(generator: torch.Generator) -> Tensor:
+    """Uniform in the middle of the domain, a third of it each way, (3,)."""
+    return (2 * torch.rand(3, generator=generator, dtype=torch.double) - 1) * torch.tensor(REACHES, dtype=torch.double) / 3
+
+
+def digit_derivatives(parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """First derivatives of an image (144, 3), and the part of the second that is normal to the manifold, (144, 3, 3)."""
+    first = torch.func.jacfwd(lambda p: digit_images(p[None])[0])
     tangent, second = first(parameters), torch.func.jacfwd(first)(parameters)
     inside = torch.linalg.pinv(tangent)
     return tangent, second - torch.einsum("ak,kb,bij->aij", tangent, inside, second)
 
 
-def bar_radii() -> tuple[float, ...]:
-    """Radius of curvature |x'|² / |x''|, x'' normal to the manifold, along x, y and the angle of a tilted bar in the middle."""
-    tangent, second = bar_derivatives(torch.tensor([0.0, 0.0, 0.5], dtype=torch.double))
+def digit_radii() -> tuple[float, ...]:
+    """Radius of curvature |x'|² / |x''|, x'' normal to the manifold, along x, y and the angle of a tilted digit in the middle."""
+    tangent, second = digit_derivatives(torch.tensor([0.0, 0.0, 0.5], dtype=torch.double))
     return tuple((tangent[:, i].square().sum() / second[:, i, i].norm()).item() for i in range(3))
 
 
@@ -141,37 +167,35 @@ def manifolds(nodes: int, fixed: int) -> dict[str, Manifold]:
         z = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor(RADII, dtype=torch.double)[:, None]
         return Embedded(Product([SphereDenoiser(2, r) for r in RADII]), circles), circles @ z.flatten()
 
-    def bar(g: torch.Generator) -> tuple[ExactDenoiser, Tensor]:
-        u = torch.rand(3, generator=g, dtype=torch.double)
-        parameters = torch.cat([u[:2] - 0.5, u[2:] * math.pi])
-        return BarDenoiser(parameters, nodes), bars(parameters[None])[0]
+    def digit(g: torch.Generator) -> tuple[ExactDenoiser, Tensor]:
+        parameters = digit_parameters(g)
+        return DigitDenoiser(parameters, nodes), digit_images(parameters[None])[0]
 
     @functools.cache
-    def all_bars() -> EmpiricalDenoiser:
+    def all_images() -> EmpiricalDenoiser:
         far = torch.tensor([10.0, 10.0, 10.0], dtype=torch.double)
-        return EmpiricalDenoiser(bars(bar_grid(0 * far, far, fixed)), chunk_size=16384)
+        return EmpiricalDenoiser(digit_images(digit_grid(0 * far, far, fixed)), chunk_size=16384)
 
     def from_grid(g: torch.Generator) -> tuple[ExactDenoiser, Tensor]:
         n = fixed
         x, y, angle = (torch.randint(n // 3, n - n // 3, (3,), generator=g)).tolist()
-        return all_bars(), all_bars().data[(x * n + y) * n + angle]
+        return all_images(), all_images().data[(x * n + y) * n + angle]
 
-    radii = bar_radii()
+    radii = digit_radii()
     return {
         "linear": Manifold("linear, variance 1", 9, linear),
         "sphere": Manifold("sphere, R = 1", SPHERE_DIM - 1, on_sphere, (1.0,)),
         "torus": Manifold("four circles, R = 1, 1, 0.3, 0.3", len(RADII), on_torus, RADII),
-        "bar": Manifold("bar, place and angle", 3, bar, radii, images=True),
+        "digit": Manifold("digit, place and angle", 3, digit, radii, images=True),
         "grid": Manifold(f"the same from {fixed}³ images", 3, from_grid, radii, images=True),
     }
 
 
 def mean_curvature(points: int) -> float:
-    """Root mean square length of the mean curvature vector Σ g^ij x''_ij of the bars, x'' normal to the manifold."""
+    """Root mean square length of the mean curvature vector Σ g^ij x''_ij of the digits, x'' normal to the manifold."""
     found = []
     for i in range(points):
-        u = torch.rand(3, generator=seeded(100 + i), dtype=torch.double)
-        tangent, second = bar_derivatives(torch.cat([u[:2] - 0.5, u[2:] * math.pi]))
+        tangent, second = digit_derivatives(digit_parameters(seeded(100 + i)))
         found.append(torch.einsum("aij,ij->a", second, torch.linalg.inv(tangent.T @ tangent)).square().sum())
     return torch.stack(found).mean().sqrt().item()
 
@@ -186,15 +210,12 @@ def laws(points: int) -> dict[str, tuple[float, float | None]]:
     return {
         "sphere": (float(sphere), -sphere * (SPHERE_DIM - 3) / 4),
         "torus": (math.sqrt(sum(r**-2 for r in RADII)), sum(r**-2 for r in RADII) / 4),
-        "bar": (mean_curvature(points), None),
+        "digit": (mean_curvature(points), None),
     }
 
 
 def spacings(fixed: int) -> tuple[float, ...]:
     """Distance between neighbouring images of the fixed grid along x, y and the angle, in the middle."""
-    middle, steps = (
-        torch.tensor([0.0, 0.0, 0.5]).double(),
-        (4.0 / (fixed - 1), 4.0 / (fixed - 1), math.pi / fixed),
-    )
-    moved = middle + torch.diag(torch.tensor(steps).double())
-    return tuple((bars(moved) - bars(middle[None])).norm(dim=1).tolist())
+    middle = torch.tensor([0.0, 0.0, 0.5]).double()
+    moved = middle + torch.diag(torch.tensor([2 * reach / (fixed - 1) for reach in REACHES]).double())
+    return tuple((digit_images(moved) - digit_images(middle[None])).norm(dim=1).tolist())

@@ -1,8 +1,8 @@
 """Every dimension estimator on curved manifolds of known dimension, over the noise: what each says, and where it breaks.
 
-python examples/reproduce/nonlinear_manifolds.py    # about four minutes on one core; figure and tables in results/
+python examples/reproduce/nonlinear_manifolds.py    # about five minutes of one core; figure and tables in results/
 
-The denoisers are exact: a sphere, a product of circles (both carried into more dimensions), and images of a soft-edged bar whose
+The denoisers are exact: a sphere, a product of circles (both carried into more dimensions), and images of a digit whose
 place and angle vary, by quadrature over these three parameters. A linear manifold stands beside them as the flat control.
 """
 
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from arguments import parse
-from curved import SPHERE_DIM, BarDenoiser, Manifold, bar_radii, bars, laws, manifolds, seeded, spacings
+from arguments import parse, took
+from curved import SPHERE_DIM, DigitDenoiser, Manifold, digit_images, digit_radii, laws, manifolds, seeded, spacings
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -30,18 +30,20 @@ from diffusers_geometry.step_geometry import StepGeometry
 VERDICT = """\
 Every estimator is right within a window of noise, and the windows end for different reasons. Above it is curvature. tr D' of
 a noised point errs at first order in σ, by the mean curvature along its noise; FLIPD of a clean point at second order, below
-the truth on a sphere and above it on circles. Both laws hold at small σ. The largest gap needs no value near one: it is right
-up to σ = R/3 on the sphere, beyond which it counts the normal direction too, and between the two radii of the circles it
-counts the wider ones or fewer: one snapshot cannot tell a manifold from a part of it. nu takes small normal values for parts
-of directions and is too large from about half that noise on; on flat data of one variance both are right at any noise.
-Algorithm 1 loses the score's gap even on flat data once σ nears the standard deviation inside, for sampling spreads its
-normal values. trace.manifold_dim answers last, from a twelfth to a twenty-fourth of the smallest radius down, because it
-waits until no value lies between 0.1 and 0.9; above rounding it was never wrong on a manifold. Below it is the rounding of
-float32 samples, at σ near 1e-8 to 1e-7 of the data: FLIPD and Algorithm 1, which divide it by σ, are the first to fail; dense
-D' of flat data never does, and there Algorithm 2 runs out of directions that float32 can tell apart. Known from a grid of
-images, the same bars have dimension 3 for each estimator over less than a decade of noise, which ends near half the spacing
-of the images. Below, tr D', FLIPD, nu and the dense gap fall to 0, a point, Algorithms 1 and 2 read their own rounding, and
-the few answers of trace.manifold_dim are mostly wrong: a grid is no manifold at the noise it asks for."""
+the truth on a sphere and above it on circles. Both laws hold at small σ, that of the digit within its standard error. The
+largest gap needs no value near one: it is right up to σ = R/3 on the sphere, beyond which it counts the normal direction too,
+and between the two radii of the circles it counts the wider ones or fewer: one snapshot cannot tell a manifold from a part of
+it. nu takes small normal values for parts of directions and is too large from a half to two thirds of that noise on; on flat
+data of one variance both are right at any noise. Algorithm 1 loses the score's gap even on flat data once σ nears the standard
+deviation inside, for sampling spreads its normal values. trace.manifold_dim answers last, from a twelfth to a thirty-third of
+the smallest radius down, because it waits until no value lies between 0.1 and 0.9; on a manifold it was wrong at σ = 1e-8 only,
+where rounding rules. Below the windows is the rounding of float32 samples, at σ near 1e-8 to 1e-7 of the data. On flat data
+FLIPD and Algorithm 1, which divide it by σ, are the first to fail, dense D' never does, and Algorithm 2 runs out of directions
+that float32 can tell apart; on curved manifolds trace.manifold_dim and others fail as early. Known from a grid of images, the
+digit has dimension 3 over at most two thirds of a decade of noise, around half the spacing of the images: by the largest gap
+of dense D' and by Algorithm 2 at single levels (the mean at σ = 2.2 is one of other answers), by trace.manifold_dim nowhere,
+of whose two answers one is wrong. Below, tr D', FLIPD, nu and the dense gap fall to 0, a point, and Algorithms 1 and 2 read
+their own rounding: a grid is no manifold at that noise."""
 ESTIMATORS = {
     "gap_dim, dense D'": ("#1f78b4", "-"), "gap_dim, Algorithm 1": ("#1f78b4", ":"), "gap_dim, Algorithm 2": ("#1f78b4", "--"),
     "normal_bundle_dim, Algorithm 1": ("#e31a1c", ":"), "normal_bundle_dim, Algorithm 2": ("#e31a1c", "--"),
@@ -202,13 +204,13 @@ def draw_curvature(axes: Axes, known: dict[str, Manifold], measured: dict[str, t
 
 
 def refinement(effort: Effort) -> float:
-    """Largest change of tr D' of a noised bar over sigma when the quadrature takes half as many nodes again."""
-    parameters, noise = torch.tensor([0.2, -0.3, 0.5]), torch.randn(BarDenoiser.dim, generator=seeded(3), dtype=torch.double)
+    """Largest change of tr D' of a noised digit over sigma when the quadrature takes half as many nodes again."""
+    parameters, noise = torch.tensor([0.2, -0.3, 0.25]), torch.randn(DigitDenoiser.dim, generator=seeded(3), dtype=torch.double)
     changes = []
     for sigma in np.geomspace(*IMAGE_SIGMAS, 6).tolist():
-        x_t = bars(parameters.double()[None])[0] + sigma * noise
+        x_t = digit_images(parameters.double()[None])[0] + sigma * noise
         traces = [
-            effective_dimension(dense_spectrum(BarDenoiser(parameters, nodes).at(1.0, sigma).jacobian(x_t))).value
+            effective_dimension(dense_spectrum(DigitDenoiser(parameters, nodes).at(1.0, sigma).jacobian(x_t))).value
             for nodes in (effort.nodes, effort.nodes * 3 // 2)
         ]
         changes.append(abs(traces[1] - traces[0]))
@@ -228,9 +230,13 @@ def report(known: dict[str, Manifold], measured: dict[str, tuple], effort: Effor
             ends = [] if found is None else [f"{s:.2g}{'*' if s in (sigmas.min(), sigmas.max()) else ''}" for s in found]
             cells.append(" .. ".join(ends) or "nowhere")
         lines.append(f"| {estimator} | " + " | ".join(cells) + " |")
-    cells = [f"{answers}, {wrong}" for answers, wrong in (answered(measured[n], m.dim) for n, m in known.items())]
-    lines.append("| trace.manifold_dim: single answers, of these wrong | " + " | ".join(cells) + " |")
-    lines += ["", "*σ from .. to; \\* is the end of what was scanned. The longest window where there are several.*", ""]
+    cells = [answered(measured[name], manifold.dim) for name, manifold in known.items()]
+    lines.append("| trace.manifold_dim: single answers, of these wrong (largest σ of them) | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "*σ from .. to; \\* is the end of what was scanned. The longest window where there are several, the first of equal ones.*",
+        "",
+    ]
     lines += ["## What curvature does", "", "| error reaches 0.5 at σ | tr D', law | measured | FLIPD, law | measured |"]
     lines += ["| --- | --- | --- | --- | --- |"]
     for name, (first, second) in laws(effort.image_points).items():
@@ -238,8 +244,13 @@ def report(known: dict[str, Manifold], measured: dict[str, tuple], effort: Effor
         law = "not known" if second is None else f"{math.sqrt(0.5 / abs(second)):.3f}"
         at = [f"{crossing(measured[name][0], e):.3f}" for e in (trace, flipd)]
         lines.append(f"| {known[name].title} | {0.5 / first:.3f} | {at[0]} | {law} | {at[1]} |")
-    lines += ["", f"*The law of tr D' is a root mean square over noise, measured at {effort.points} points "
-              f"({effort.image_points} of the bar): about 30 % unsure. FLIPD's is the first term of a series in σ/R.*"]  # fmt: skip
+    unsure = [f"{1 / math.sqrt(2 * points):.0%}" for points in (effort.points, effort.image_points)]
+    lines += [
+        "",
+        f"*The law of tr D' is a root mean square over noise. Measured at {effort.points} points ({effort.image_points} of the "
+        f"digit) it has a standard error of 1/√(2 points), {unsure[0]} ({unsure[1]}), if errors are Gaussian. FLIPD's is the first "
+        "term of a series in σ/R.*",
+    ]
     lines += ["", "| largest normal singular value of D' of the sphere at σ | measured, at noised points | (d - 1) σ² / 2 R² |"]
     lines += ["| --- | --- | --- |"]
     sigmas, _, spectra = measured["sphere"]
@@ -248,18 +259,20 @@ def report(known: dict[str, Manifold], measured: dict[str, tuple], effort: Effor
         normal = spectra[i, :, SPHERE_DIM - 1]
         sem = normal.std(ddof=1) / math.sqrt(len(normal))
         lines.append(f"| {sigmas[i]:.2g} | {normal.mean():.3g} ± {sem:.1g} | {(SPHERE_DIM - 1) * sigmas[i] ** 2 / 2:.3g} |")
-    listed = ", ".join(f"{r:.2f}" for r in bar_radii())
+    listed = ", ".join(f"{r:.2f}" for r in digit_radii())
     apart = ", ".join(f"{s:.2f}" for s in spacings(effort.fixed))
-    lines += ["", f"Radii of curvature of the bars along x, y and the angle: {listed}. Neighbouring images of the fixed grid are "
-              f"{apart} apart. Half as many nodes again in the quadrature change tr D' of a bar by at most "
+    lines += ["", f"Radii of curvature of the digits along x, y and the angle: {listed}. Neighbouring images of the fixed grid are "
+              f"{apart} apart. Half as many nodes again in the quadrature change tr D' of one by at most "
               f"{refinement(effort):.1g}.", ""]  # fmt: skip
     return lines
 
 
-def answered(measured: tuple, truth: int) -> tuple[int, int]:
-    """How often trace.manifold_dim answered, over points and noise, and how often wrongly."""
+def answered(measured: tuple, truth: int) -> str:
+    """How often trace.manifold_dim answered, over points and noise, how often wrongly, and up to which noise that was."""
     answers = measured[1]["trace.manifold_dim"]
-    return int(np.isfinite(answers).sum()), int((np.isfinite(answers) & (answers != truth)).sum())
+    wrong = np.isfinite(answers) & (answers != truth)
+    largest = f" ({measured[0][wrong.any(axis=1)].max():.2g})" if wrong.any() else ""
+    return f"{np.isfinite(answers).sum()}, {wrong.sum()}{largest}"
 
 
 def main() -> None:
@@ -268,7 +281,7 @@ def main() -> None:
     known = manifolds(effort.nodes, effort.fixed)
     measured = {name: measure(manifold, effort) for name, manifold in known.items()}
     draw(known, measured, effort).savefig(output / "nonlinear_manifolds.png", dpi=90)
-    (output / "nonlinear_manifolds.md").write_text("\n".join(report(known, measured, effort)))
+    (output / "nonlinear_manifolds.md").write_text("\n".join([*report(known, measured, effort), took(), ""]))
     print(output / "nonlinear_manifolds.md")
 
 
