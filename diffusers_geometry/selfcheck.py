@@ -100,7 +100,7 @@ def _imitate(pipe: Any, recording: Recording, exact: LinearManifoldDenoiser, arg
     if not slots:
         raise ValueError(
             f"no network of {type(pipe).__name__} is given the scheduler's sample alone, so none can be replaced by a known one "
-            "(a picture or a mask may stand in further channels). Expected a pipeline whose network sees c_in x, as text to image does."
+            "(a picture or a mask may stand in further channels). Expected a network that sees c_in x, as in text to image."
         )
     total = getattr(scheduler.config, "num_train_timesteps", 1000)
     shown = [(shown_timestep(call.args, call.kwargs), step.timestep) for step, call, _ in made]
