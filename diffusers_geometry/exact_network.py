@@ -47,6 +47,7 @@ class ExactNetwork(nn.Module):
         self.exact, self.scheduler, self.sign, self.output_type = exact, scheduler, sign, output_type
         self._doubled, self._conversion = doubled, conversion
         self.__dict__["like"] = like  # not a submodule: its weights are not ours
+        self.dummy = nn.Parameter(torch.zeros((), dtype=like.dtype), requires_grad=False)  # pipelines ask the first weight's dtype
         self.config, self.dtype, self.device = like.config, like.dtype, like.device
         self._levels: dict[float, NoiseLevel] = {}
         self._steps: int | None = None

@@ -5,6 +5,7 @@ import json
 import diffusers
 import pytest
 import torch
+from catalogue import CASES
 from flow import flux, flux_call
 from tiny import SCALED_LINEAR, ddpm_pipeline, dit_call, dit_pipeline, pixel_call, sd_call, sd_pipeline
 
@@ -183,3 +184,24 @@ def test_command_line(capsys, monkeypatch):
     assert ended.value.code == 1
     rows = json.loads(capsys.readouterr().out)
     assert any(not row["passed"] for row in rows)
+
+
+CLASSES = ("IFPipeline", "StableDiffusionControlNetPipeline", "StableCascadePriorPipeline", "HunyuanDiTPipeline",
+           "CogVideoXPipeline", "AuraFlowPipeline", "Lumina2Pipeline", "ZImagePipeline", "WanPipeline two networks", "MochiPipeline",
+           "StableAudioPipeline")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_other_families_pass(name):
+    """Learned variances, second networks, times in [0, 1], channels that are frames, timesteps that run backwards, other signs."""
+    case = next(c for c in CASES if c.name == name)
+    pipe = case.build()
+    result = selfcheck(pipe, **case.arguments(pipe), generator=seeded())
+    assert result, result.table()
+
+
+def test_a_network_that_sees_more_than_the_sample_is_refused():
+    case = next(c for c in CASES if c.name == "StableDiffusionInpaintPipeline")
+    pipe = case.build()
+    with pytest.raises(ValueError, match="is given the scheduler's sample alone.*Expected a network that sees c_in x"):
+        selfcheck(pipe, **case.arguments(pipe), generator=seeded())
