@@ -187,8 +187,8 @@ def test_command_line(capsys, monkeypatch):
 
 
 CLASSES = ("IFPipeline", "StableDiffusionControlNetPipeline", "StableCascadePriorPipeline", "HunyuanDiTPipeline",
-           "CogVideoXPipeline", "AuraFlowPipeline", "Lumina2Pipeline", "ZImagePipeline", "WanPipeline two networks", "MochiPipeline",
-           "StableAudioPipeline")  # fmt: skip
+           "CogVideoXPipeline", "AuraFlowPipeline", "Lumina2Pipeline", "ZImagePipeline", "WanPipeline two networks",
+           "MochiPipeline", "StableAudioPipeline")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CLASSES)
