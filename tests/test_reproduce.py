@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 REPRODUCE = Path(__file__).parent.parent / "examples" / "reproduce"
-HELPERS = ("arguments.py", "curved.py", "digit_classes.py", "exact_collapse.py", "labour.py", "runs.py")  # what scripts share
+HELPERS = (  # what scripts share
+    "arguments.py", "curved.py", "digit_classes.py", "exact_collapse.py", "guidance_bench.py", "labour.py", "runs.py",
+    "sample_quality.py",
+)  # fmt: skip
 SCRIPTS = sorted(path.name for path in REPRODUCE.glob("*.py") if path.name not in HELPERS)
 
 
