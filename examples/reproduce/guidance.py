@@ -44,9 +44,10 @@ moves by a little less than one standard deviation up and by three quarters of o
 upwards at the price of broken digits. The response is monotone only to within its errors: +0.5 and +1 do the same. The share of
 confident digits falls by less than 5 points downwards and by more upwards, and many samples change their digit on the way.
 Diversity goes against the mark: higher psi crowds the samples together, lower psi spreads them. A reward trained on shuffled
-labels raises psi at -8, beyond its error: a push that large changes psi whatever it points at; the other controls stay within
-two standard errors. The exact gradient of psi moves it twice as far up as the reward does, and no further down to within the
-error. The best of eight by true psi needs no reward, meets both marks, and costs eight generations and their Jacobians."""
+labels, which ranks nothing, raises psi at -8 beyond its error, where a random direction does not: a large push along what a
+network has made up can move psi by itself. The other controls stay within two standard errors. The exact gradient of psi moves
+it twice as far up as the reward does, and no further down to within the error. The best of eight by true psi needs no reward,
+meets both marks, and costs eight generations and their Jacobians."""
 
 
 @dataclass
