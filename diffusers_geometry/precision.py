@@ -128,6 +128,14 @@ class ProbeWeights:
                 self._enter(module, restore)
             yield
 
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """A scope in which no other thread's probe weights are swapped in, so that the networks are as the user has them."""
+        with ExitStack() as held:
+            for lock in sorted({_LOCKS.setdefault(m, threading.RLock()) for m in self.modules}, key=id):
+                held.enter_context(lock)
+            yield
+
     def _enter(self, module: nn.Module, restore: ExitStack) -> None:
         if module.training:
             raise ValueError(f"{type(module).__name__} was put into train mode. Expected eval mode while it is probed.")

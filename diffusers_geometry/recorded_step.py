@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -66,6 +65,7 @@ class RecordedStep:
         self.ending = ending
         self._autocast = torch.is_autocast_enabled(sample.device.type)  # while the pipeline ran
         self._weights = weights
+        self._half = sample.dtype in HALF or any(is_half(call.module) for call in calls)
         self._cached = any(has_step_cache(call.module) for call in calls)  # while the pipeline ran
         self._replay: Replay | None = None
         self._certificate: tuple[str, float] | None = None
@@ -158,10 +158,9 @@ class RecordedStep:
 
     def _certify(self) -> tuple[str, float]:
         """Chooses the engine; see the module docstring."""
-        half, x = self.sample.dtype in HALF, to_float32(self.sample)
+        half, x = self._half, to_float32(self.sample)
         generator = torch.Generator().manual_seed(self.index)
         shift = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device) * (_OFF_TRAJECTORY * self.sigma_t)
-        half = half or any(is_half(call.module) for call in self._calls)
         on_point = self._check_places(x, half and not self._autocast)
         points = [x, x + shift, x - shift]
         with self._weights.scope(), torch.no_grad():
@@ -196,7 +195,7 @@ class RecordedStep:
         tolerance = HALF_TOLERANCE if self._autocast else CERTIFICATE_TOLERANCE
         for by_count in (False, True):
             self.drive.by_count = by_count
-            with nullcontext() if own_precision else self._weights.scope(), torch.no_grad():
+            with self._weights.untouched() if own_precision else self._weights.scope(), torch.no_grad():
                 point = self.sample if own_precision else x
                 driven = self.drive.verified([point] * self.drive.places, own_precision=own_precision)
             errors = [_relative(require_finite(o, f"the network's output at step {self.index}"), self.model_output) for o in driven]
@@ -261,10 +260,9 @@ class RecordedStep:
     def _compare_replay(self, points: list[Tensor], driven: list[Tensor]) -> float:
         """Builds the replay and returns its largest disagreement of outputs; ReplayRefused beyond tolerance."""
         self._replay = Replay(self.sample, self.model_output, self._calls)
-        half = any(is_half(call.module) for call in self._calls)
         try:
             with self._weights.scope(), torch.no_grad():
-                if half:
+                if self._half:
                     self._replay.fit(points[0], driven[0])
                 replayed = self._replay(torch.stack(points), self._replay.weights)
         except RuntimeError as error:  # shapes that a network takes from more than its batch
