@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import diffusers
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -21,7 +20,7 @@ from .denoiser import UNITS, Map
 from .jacobian import Derivative
 from .plan import GeometryPlan, choose_within_limits, plan_recording
 from .precision import to_float32
-from .probe import PointGeometry, Probe, ProbePlan
+from .probe import PointGeometry, Probe, ProbePlan, probe_generator
 from .recorded_step import Branch, Engine, RecordedStep
 from .settings import checked_settings, probe_request
 from .step_geometry import BatchEstimate, StepGeometry
@@ -164,13 +163,12 @@ def _probe_batch(probe: Probe, step: RecordedStep, final: Tensor, settings: dict
     conditional = step.branch("conditional") if probe.plan.flipd_products else None
     results = []
     for sample in range(len(step.sample)):
-        seed = np.random.SeedSequence([settings["probe_seed"], step.index, sample]).generate_state(1, np.uint64)[0]
         results.append(
             probe(
                 denoiser.select(sample),
                 to_float32(step.sample[sample]),
                 to_float32(final[sample]),
-                torch.Generator().manual_seed(int(seed)),
+                probe_generator(settings["probe_seed"], step.index, sample),
                 conditional.select(sample) if conditional else None,
             )
         )

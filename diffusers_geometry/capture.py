@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import types
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ from .difference import require_finite
 from .drive import Drive, held, own_output
 from .ending import Ending
 from .jacobian import Derivative
-from .pipeline_call import PipelineCall, keeping_attention_processors
+from .pipeline_call import PipelineCall, keeping_attention_processors, step_arguments
 from .precision import ProbeWeights, check_probeable, out_of_inference
 from .recorded_step import Engine, RecordedStep
 from .replay import NetworkCall, is_duplicated, may_hold
@@ -83,6 +82,15 @@ class Recording(Sequence[RecordedStep]):
         self._restore.close()
         self._calls = []
 
+    def run(self, count: int | None, *args: Any, **kwargs: Any) -> None:
+        """Calls the recorded pipeline, and ends the call once ``count`` steps are recorded; lets it finish if None."""
+        self.stop_after_recording = count
+        try:
+            self.pipe(*args, **kwargs)
+        except RecordedEnough:
+            if hasattr(self.pipe, "maybe_free_model_hooks"):
+                self.pipe.maybe_free_model_hooks()
+
     def check_complete(self) -> None:
         """Raises RuntimeError when the run ended before the steps it was to record."""
         missing = sorted(self._wanted - {step.index for step in self})
@@ -122,13 +130,12 @@ class Recording(Sequence[RecordedStep]):
     def _recorded_step(self, scheduler: Any) -> Callable:
         """What stands in for ``scheduler.step``; a method, so that a copy of the scheduler steps itself and is not recorded."""
         recording, original = self, scheduler.step
-        parameters = list(inspect.signature(type(scheduler).step).parameters)[1:]
 
         @functools.wraps(original)
         def step(stepping: Any, *args: Any, **kwargs: Any) -> Any:
             if stepping is not scheduler:
                 return type(stepping).step(stepping, *args, **kwargs)
-            named = dict(zip(parameters, args, strict=False)) | kwargs
+            named = step_arguments(scheduler, args, kwargs)
             recording._before_step(named["model_output"], named["timestep"], named["sample"])
             if recording.stop_after_recording is not None and len(recording) >= recording.stop_after_recording:
                 raise RecordedEnough

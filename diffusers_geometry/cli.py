@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_options import AsJson, Call, ClassLabel, Device, Dtype, Model, Prompt, Seed, Steps
 from .cli_reward import register
-from .loading import UsageError, call_arguments, check_writable, load_pipeline, one_line
+from .loading import UsageError, call_arguments, check_writable, load_pipeline, one_line, step_choice
 
 if TYPE_CHECKING:
     from .trajectory import GeometryTrace
@@ -29,13 +30,8 @@ def _common() -> None:
     """Reads the geometry of a diffusion model's score while a diffusers pipeline generates."""
 
 
-Model = Annotated[str | None, typer.Argument(help="Folder or Hub id of a diffusers pipeline; the bundled digits if left out.")]
-Prompt = Annotated[str | None, typer.Option(help="Text prompt, for pipelines that take one.")]
-ClassLabel = Annotated[list[int] | None, typer.Option(help="Class label (repeatable), for class-conditional pipelines.")]
-Steps = Annotated[int, typer.Option(help="Denoising steps.")]
 RecordSteps = Annotated[str, typer.Option(help="How many steps to analyse, 'all', or positions such as 0,10,49.")]
-Seed = Annotated[int, typer.Option(help="Seed of the generation.")]
-Call = Annotated[list[str] | None, typer.Option(help="Any other argument of the pipeline, key=value (repeatable).")]
+_STEPS_REFUSED = "is not a choice of steps. Expected a number, 'all', or positions 0,10,49"
 Method = Annotated[
     str,
     typer.Option(help="auto, dense, golub_kahan, randomized, perturbation (Algorithm 1) or central_difference (Algorithm 2)."),
@@ -50,9 +46,6 @@ LogVolume = Annotated[
 MaxProducts = Annotated[int | None, typer.Option(help="Budget of Jacobian products per step and sample.")]
 MaxSeconds = Annotated[float | None, typer.Option(help="Limit for all probing, in seconds; sets method and budgets.")]
 MaxMemory = Annotated[int | None, typer.Option(help="Limit for probing, in MiB; sets method and chunk size.")]
-Dtype = Annotated[str, typer.Option(help="Weights: float32, bfloat16 or float16 (probes run in float32 all the same).")]
-Device = Annotated[str, typer.Option(help="Torch device.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
@@ -177,7 +170,8 @@ def _probe_options(given: dict[str, Any]) -> dict[str, Any]:
     """The analysis's own arguments from the options of a command."""
     memory = given["max_memory"]
     return {
-        "record_steps": _record_steps(given["record_steps"]), "log_volume_epsilon": given["log_volume"],
+        "record_steps": step_choice("--record-steps", given["record_steps"], _STEPS_REFUSED),
+        "log_volume_epsilon": given["log_volume"],
         "max_probe_seconds": given["max_seconds"], "max_probe_memory": None if memory is None else memory * 2**20,
         **{k: given[k] for k in ("spectrum", "of", "branch", "num_singular_values", "flipd", "max_products")},
     }  # fmt: skip
@@ -188,18 +182,6 @@ def _load(given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     pipe = load_pipeline(given["model"], given["dtype"], given["device"])
     names = ("prompt", "class_label", "steps", "seed")
     return pipe, call_arguments(pipe, *(given[name] for name in names), given["call"] or [])
-
-
-def _record_steps(text: str) -> int | list[int] | str:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        if text == "all":
-            return text
-        raise UsageError(
-            f"--record-steps {text!r} is not a choice of steps. Expected a number, 'all', or positions 0,10,49."
-        ) from None
-    return numbers[0] if "," not in text else numbers
 
 
 def _document(trace: GeometryTrace, output: Path) -> dict[str, Any]:

@@ -9,14 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .loading import UsageError, call_arguments, check_writable, load_pipeline, one_line
+from .cli_options import Call, ClassLabel, Device, Dtype, Model, Seed, Steps
+from .loading import UsageError, call_arguments, check_writable, load_pipeline, one_line, step_choice
 
-Model = Annotated[str | None, typer.Argument(help="Folder or Hub id of a diffusers pipeline; the bundled digits if left out.")]
-ClassLabel = Annotated[list[int] | None, typer.Option(help="Class label (repeatable), for class-conditional pipelines.")]
-Steps = Annotated[int, typer.Option(help="Denoising steps.")]
-Call = Annotated[list[str] | None, typer.Option(help="Any other argument of the pipeline, key=value (repeatable).")]
-Dtype = Annotated[str, typer.Option(help="Weights: float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="Torch device.")]
+_STEPS_REFUSED = "is not a choice of steps. Expected a number, or positions 20,30,40"
 
 
 def register(app: typer.Typer) -> None:
@@ -59,7 +55,8 @@ def train_reward(
     kept = {k: v for k, v in arguments.items() if k not in ("generator", "prompt", "class_labels")}
     request = DatasetRequest(
         prompts=_lines(prompts), class_labels=tuple(class_label) if class_label else None, seeds=range(seeds), spectrum=spectrum,
-        record_steps=_positions(record_steps), psi_rank=psi_rank, batch_size=batch_size, call=kept,
+        record_steps=step_choice("--record-steps", record_steps, _STEPS_REFUSED, all_allowed=False), psi_rank=psi_rank,
+        batch_size=batch_size, call=kept,
     )  # fmt: skip
     print(plan_dataset(pipe, request).table())
     if plan_only:
@@ -107,7 +104,7 @@ def generate(
     target_bin: Annotated[int | None, typer.Option(help="Bin to come to.")] = None,
     trust_radius: Annotated[float, typer.Option(help="Largest change of x_0, in units of the model's own.")] = 1.0,
     steps: Steps = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the generation.")] = 0,
+    seed: Seed = 0,
     output: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("generated"),
     call: Call = None,
     dtype: Dtype = "float32",
@@ -169,20 +166,14 @@ def _lines(path: Path | None) -> tuple[str, ...] | None:
     return lines
 
 
-def _positions(text: str) -> int | tuple[int, ...]:
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"--record-steps {text!r} is not a choice of steps. Expected a number, or positions 20,30,40.") from None
-    return numbers[0] if "," not in text else numbers
-
-
 def _write(made: Any, folder: Path) -> list[str]:
     """Images as PNG, anything else as one NumPy file."""
     import numpy as np
 
+    from .analyze import made_by
+
     folder.mkdir(parents=True, exist_ok=True)
-    images = next((getattr(made, n) for n in ("images", "frames", "samples", "audios") if hasattr(made, n)), made[0])
+    images = made_by(made)
     if isinstance(images, list) and all(hasattr(image, "save") for image in images):
         for i, image in enumerate(images):
             image.save(folder / f"image-{i:03d}.png")

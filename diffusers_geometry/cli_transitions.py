@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .loading import UsageError, one_line
+from .loading import UsageError, one_line, step_choice
+
+_POSITIONS_REFUSED = "is no choice of positions. Expected a number, 'all', or 10,40,90"
 
 
 def transitions_of(pipe: Any, arguments: dict[str, Any], given: dict[str, Any]) -> str:
@@ -20,7 +22,8 @@ def transitions_of(pipe: Any, arguments: dict[str, Any], given: dict[str, Any]) 
     """
     examples = {name: None if given[name] is None else load_examples(given[name]) for name in ("data", "held_out")}
     report = pipe.measure_transitions(
-        **batched(pipe, arguments, given["batch"]), **examples, branch_positions=branch_positions(given["positions"]),
+        **batched(pipe, arguments, given["batch"]), **examples,
+        branch_positions=step_choice("--positions", given["positions"], _POSITIONS_REFUSED),
         num_parents=given["parents"], num_clones=given["clones"], num_clusters=given["clusters"],
         agreement_level=given["agreement"], clone_seed=given["seed"], progress=not given["as_json"],
     )  # fmt: skip
@@ -32,17 +35,6 @@ def transitions_of(pipe: Any, arguments: dict[str, Any], given: dict[str, Any]) 
         del document["agreements"]
         return json.dumps(document, indent=1, allow_nan=False)
     return f"{report.table()}\n\nReport and figure in {output}/"
-
-
-def branch_positions(text: str) -> int | list[int] | str:
-    """``--positions``: a number, 'all', or positions such as 10,40,90."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        if text == "all":
-            return text
-        raise UsageError(f"--positions {text!r} is no choice of positions. Expected a number, 'all', or 10,40,90.") from None
-    return numbers[0] if "," not in text else numbers
 
 
 def batched(pipe: Any, arguments: dict[str, Any], batch: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from .exact import EmpiricalDenoiser
 from .recorded_step import RecordedStep
 from .restart import Restart, Schedule
 from .schedule import NoiseLevel
-from .transition_report import share
+from .speciation import share
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from .capture import record
 from .clones import noised
 from .estimate import Estimate
 from .pipeline_call import PipelineCall
+from .restart import filled
+from .speciation import covariance_eigenvalues, crossing
 from .theory import EmpiricalCollapse, held_out_information
-from .transition_report import covariance_eigenvalues, crossing
 
 HELD_OUT_LEVELS = 40  # the area under the errors is a trapezoid rule over these
 _ENCODED_AT_ONCE = 16
@@ -81,9 +82,8 @@ def held_out_errors(
         x_0 = examples.to(step.sample)
         x_k, found = noised(x_0, step.level, generator), []
         for chunk in x_k.split(batch):
-            full = torch.cat([chunk] * -(-batch // len(chunk)))[:batch]
             with torch.no_grad():
-                found.append(denoiser.denoised(full)[: len(chunk)])
+                found.append(denoiser.denoised(filled(chunk, batch))[: len(chunk)])
         sigmas.append(step.sigma)
         errors.append((torch.cat(found).cpu().double() - x_0.cpu().double()).square().flatten(1).sum(1))
     return np.array(sigmas), torch.stack(errors)

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .pipeline_call import EndOfRun, PipelineCall, StepOutput, private_pipeline, run_privately
+from .pipeline_call import EndOfRun, PipelineCall, StepOutput, private_pipeline, run_privately, step_arguments
 from .precision import HALF
 
 PATCHED = ("set_timesteps", "scale_model_input", "step")
@@ -126,14 +125,34 @@ class Drive:
         return received[before + 1 :]
 
     def _private_pipeline(self, points: list[Tensor], own_precision: bool) -> tuple[Any, list[tuple[Tensor, Tensor]]]:
-        scheduler, received, upcoming = copy.deepcopy(self.scheduler), [], iter(points)
+        received, upcoming = [], iter(points)
+
+        def step(*args: Any, **kwargs: Any) -> StepOutput:
+            named = step_arguments(scheduler, args, kwargs)
+            received.append((named["model_output"], named["sample"]))
+            point = next(upcoming, None)
+            if point is None:
+                raise EndOfRun
+            return StepOutput((point, point))
+
+        timesteps = torch.as_tensor(self.state["timesteps"])
+        scheduler = self.private_scheduler(self.here(timesteps).repeat(len(timesteps) + (self.iterations == 1)), step)
+        return private_pipeline(self.call, scheduler, own_precision=own_precision), received
+
+    def private_scheduler(self, loop: Tensor, step: Callable, pinned: Callable[[], bool] = lambda: True) -> Any:
+        """A copy of the scheduler that is in its state at step k whatever the pipeline sets up.
+
+        Args:
+            loop: The timesteps that the pipeline runs over.
+            step: Stands in for ``scheduler.step``.
+            pinned: Whether the next step still finds the state of step k; its own otherwise.
+        """
+        scheduler = copy.deepcopy(self.scheduler)
         originals = {name: getattr(scheduler, name) for name in PATCHED if hasattr(scheduler, name)}
-        parameters = list(inspect.signature(type(scheduler).step).parameters)[1:]
 
         def pin() -> None:
             self.restore(scheduler)
-            timesteps = torch.as_tensor(self.state["timesteps"])
-            scheduler.timesteps = self.here(timesteps).repeat(len(timesteps) + (self.iterations == 1))
+            scheduler.timesteps = loop
 
         @functools.wraps(originals["set_timesteps"])
         def set_timesteps(*args: Any, **kwargs: Any) -> None:
@@ -141,23 +160,15 @@ class Drive:
 
         @functools.wraps(originals.get("scale_model_input", lambda sample, timestep=None: sample))
         def scale_model_input(*args: Any, **kwargs: Any) -> Tensor:
-            pin()
+            if pinned():
+                pin()
             return originals["scale_model_input"](*args, **kwargs)
 
-        @functools.wraps(originals["step"])
-        def step(*args: Any, **kwargs: Any) -> StepOutput:
-            named = dict(zip(parameters, args, strict=False)) | kwargs
-            received.append((named["model_output"], named["sample"]))
-            point = next(upcoming, None)
-            if point is None:
-                raise EndOfRun
-            return StepOutput((point, point))
-
-        replacements: dict[str, Callable] = {"set_timesteps": set_timesteps, "step": step}
+        replacements = {"set_timesteps": set_timesteps, "step": functools.wraps(originals["step"])(step)}
         if "scale_model_input" in originals:
             replacements["scale_model_input"] = scale_model_input
         scheduler.__dict__.update(replacements)
-        return private_pipeline(self.call, scheduler, own_precision=own_precision), received
+        return scheduler
 
 
 def own_channels(output: Tensor, shape: Sequence[int]) -> Tensor:

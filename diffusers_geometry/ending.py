@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .continuation import Continuation
-from .drive import PATCHED, Drive
-from .pipeline_call import EndOfRun, StepOutput, private_pipeline, run_privately
+from .drive import Drive
+from .pipeline_call import EndOfRun, StepOutput, generators_of, private_pipeline, run_privately
 from .precision import HALF, ProbeWeights, to_float32
 from .schedule import unvisited
 
@@ -68,11 +68,10 @@ class Ending:
         def rowwise(run: Callable[[Tensor], Tensor], others: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
             return lambda points: self._each(run, others, to_float32(points), index)
 
-        final = functools.partial(self._final_sample)
         return Continuation(
-            decode=rowwise(lambda x_0: self._decode(x_0)[1], final),
-            decoder_input=rowwise(lambda x_0: self._decode(x_0)[0], final),
-            decoder=rowwise(self._decode_latent, lambda: self._decode(final())[0]),
+            decode=rowwise(lambda x_0: self._decode(x_0)[1], self._final_sample),
+            decoder_input=rowwise(lambda x_0: self._decode(x_0)[0], self._final_sample),
+            decoder=rowwise(self._decode_latent, lambda: self._decode(self._final_sample())[0]),
             sample=rowwise(self._sample, lambda: self.sample) if guided else _refuse_branch,
             select_fn=lambda i: self.continuation(guided=guided, index=i),
         )
@@ -177,7 +176,7 @@ class Ending:
                 raise EndOfRun
             return output
 
-        scheduler = self._scheduler(step, remaining)
+        scheduler = self._scheduler(step, remaining, pinned=lambda: not results)
         original = functools.partial(type(scheduler).step, scheduler)
         run_privately(self.drive.call, private_pipeline(self.drive.call, scheduler))
         if len(results) != len(remaining) + 1:
@@ -193,31 +192,12 @@ class Ending:
         timesteps = torch.as_tensor(self.drive.state["timesteps"])
         return timesteps[len(self._timesteps(0)) :]
 
-    def _scheduler(self, step: Callable, remaining: Tensor) -> Any:
+    def _scheduler(self, step: Callable, remaining: Tensor, pinned: Callable[[], bool] = lambda: True) -> Any:
         """A private scheduler in its state at step k, whose loop has one more step in front of the ``remaining`` ones."""
-        scheduler = copy.deepcopy(self.drive.scheduler)
-        originals = {name: getattr(scheduler, name) for name in PATCHED if hasattr(scheduler, name)}
         # Pipelines that start late cut off as many timesteps as they did, and some the last one.
         here, after = self.drive.here(remaining), self._after_the_last_step()
         loop = torch.cat([here.repeat(self.position - self.drive.iteration + 1), remaining, after])
-
-        @functools.wraps(originals["set_timesteps"])
-        def set_timesteps(*args: Any, **kwargs: Any) -> None:
-            self.drive.restore(scheduler)
-            scheduler.timesteps = loop
-
-        @functools.wraps(originals.get("scale_model_input", lambda sample, timestep=None: sample))
-        def scale_model_input(*args: Any, **kwargs: Any) -> Tensor:
-            if scheduler.timesteps is loop:  # what the pipeline set up before its loop is undone
-                self.drive.restore(scheduler)
-                scheduler.timesteps = loop
-            return originals["scale_model_input"](*args, **kwargs)
-
-        scheduler.step = functools.wraps(originals["step"])(step)
-        scheduler.set_timesteps = set_timesteps
-        if "scale_model_input" in originals:
-            scheduler.scale_model_input = scale_model_input
-        return scheduler
+        return self.drive.private_scheduler(loop, step, pinned)
 
     def _check_sampling(self) -> None:
         """RuntimeError unless sampling on from the recorded point ends where the run did."""
@@ -251,9 +231,7 @@ class Ending:
 
 def _generator_states(step_arguments: dict[str, Any]) -> list[Tensor]:
     """States of every generator that a scheduler step could draw from."""
-    given = step_arguments.get("generator")
-    generators = given if isinstance(given, (list, tuple)) else [given] if given is not None else []
-    return [torch.get_rng_state(), *(g.get_state() for g in generators)]
+    return [torch.get_rng_state(), *(g.get_state() for g in generators_of(step_arguments))]
 
 
 def _refuse_branch(x_t: Tensor) -> NoReturn:

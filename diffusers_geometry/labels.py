@@ -12,17 +12,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .budget import NUM_SINGULAR_VALUES, SpectrumMethod
-from .capture import RecordedEnough, Recording, record
+from .capture import Recording, record
 from .denoiser import Denoiser, Map
 from .descriptors import local_rank, local_scaling
 from .jacobian import Jacobian
 from .precision import to_float32
-from .probe import Probe
+from .probe import Probe, probe_generator
 from .recorded_step import Branch, RecordedStep
 from .spectrum import Spectrum, matrix_spectrum
 
@@ -107,12 +106,7 @@ def label_unit(pipe: Any, request: DatasetRequest, pairs: list, probe: Probe) ->
     """The tensors of one unit, and the seconds its probes took."""
     steps = request.record_steps
     with record(pipe, steps) as recording:
-        recording.stop_after_recording = steps if isinstance(steps, int) else len(set(steps))
-        try:
-            pipe(**request.arguments(pairs))
-        except RecordedEnough:  # what comes after the last labelled step is not needed
-            if hasattr(pipe, "maybe_free_model_hooks"):
-                pipe.maybe_free_model_hooks()
+        recording.run(steps if isinstance(steps, int) else len(set(steps)), **request.arguments(pairs))
     start = time.perf_counter()
     rows = list(_rows(recording, request, pairs, probe))
     seconds = time.perf_counter() - start
@@ -128,8 +122,7 @@ def _rows(recording: Recording, request: DatasetRequest, pairs: list, probe: Pro
         denoiser = step.branch(request.branch)
         spectra = _batch_spectra(denoiser, step, request, probe) if probe.plan.method == "dense" else None
         for i, (conditioning, seed) in enumerate(pairs):
-            entropy = np.random.SeedSequence([step.index, conditioning, seed]).generate_state(1, np.uint64)[0]
-            x_t, generator = to_float32(step.sample[i]), torch.Generator().manual_seed(int(entropy))
+            x_t, generator = to_float32(step.sample[i]), probe_generator(step.index, conditioning, seed)
             spectrum = spectra[i] if spectra else probe(denoiser.select(i), x_t, x_t, generator).spectrum
             psi = local_scaling(spectrum, request.relative_threshold, request.psi_rank)
             values = {"psi": psi.value, "psi_sem": psi.sem, "psi_bias": psi.bias, "nu": local_rank(spectrum).value}

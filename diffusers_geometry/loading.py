@@ -136,6 +136,21 @@ def check_writable(folder: Path) -> None:
         raise UsageError(f"cannot write to --output {folder}: {one_line(error)}. Expected a folder that can be written.") from None
 
 
+def step_choice(option: str, text: str, refusal: str, *, all_allowed: bool = True) -> int | list[int] | str:
+    """A number of loop positions, "all", or positions separated by commas, from the text of an option.
+
+    Raises:
+        UsageError: none of these; it says the option, its text and ``refusal``.
+    """
+    if all_allowed and text == "all":
+        return text
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text!r} {refusal}.") from None
+    return numbers[0] if "," not in text else numbers
+
+
 def one_line(error: BaseException) -> str:
     """The message of an error without line breaks, or its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

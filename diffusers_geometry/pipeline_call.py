@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,8 +70,7 @@ class PipelineCall:
                 before = list(bound.signature.parameters)[1 : list(bound.signature.parameters).index(name)]
                 positional = (*(arguments.pop(n) for n in before if n in arguments), *arguments.pop(name, ()))
         arguments = {k: v for k, v in arguments.items() if k not in _CALLBACKS}
-        generator = arguments.get("generator")
-        generators = generator if isinstance(generator, (list, tuple)) else [generator] if generator is not None else []
+        generators = generators_of(arguments)
         states = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             states["cuda"] = torch.cuda.get_rng_state_all()
@@ -97,6 +96,18 @@ class PipelineCall:
             if "cuda" in self.rng_states:
                 torch.cuda.set_rng_state_all(self.rng_states["cuda"])
             yield
+
+
+def generators_of(arguments: dict[str, Any]) -> Sequence[torch.Generator]:
+    """The generators among keyword arguments: a list of them, one, or none."""
+    given = arguments.get("generator")
+    return given if isinstance(given, (list, tuple)) else [given] if given is not None else []
+
+
+def step_arguments(scheduler: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a ``scheduler.step`` by name, as its class names them; what stands in for it may take ``*args``."""
+    names = list(inspect.signature(type(scheduler).step).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 @contextmanager

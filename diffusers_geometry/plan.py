@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .budget import least_products, plan_probe
-from .capture import RecordedEnough, record, resolve_steps
+from .capture import record, resolve_steps
 from .costs import ProductCosts, measure_costs
 from .denoiser import CONTINUED
 from .precision import to_float32
@@ -150,12 +150,7 @@ def plan_recording(pipe: Any, args: tuple, kwargs: dict, settings: dict[str, Any
     """
     record_steps, engine = settings["record_steps"], settings["probe_engine"]
     with record(pipe, record_steps, engine=engine, derivative=request["derivative"]) as recording:
-        recording.stop_after_recording = None if request["of"] in CONTINUED else 1  # these need to know how a run ends
-        try:
-            pipe(*args, **kwargs)
-        except RecordedEnough:
-            if hasattr(pipe, "maybe_free_model_hooks"):
-                pipe.maybe_free_model_hooks()
+        recording.run(None if request["of"] in CONTINUED else 1, *args, **kwargs)  # these need to know how a run ends
     step = recording[0]
     count, samples = len(resolve_steps(record_steps, recording.total_steps)), len(step.sample)
     with torch.inference_mode(False):

@@ -70,7 +70,7 @@ def _is_cache(name: str, hook: Any) -> bool:
 
 def _hooks(part: nn.Module) -> dict[str, Any]:
     """diffusers' hooks of one part of a network."""
-    return getattr(part, "_diffusers_hook", None).hooks if hasattr(part, "_diffusers_hook") else {}
+    return part._diffusers_hook.hooks if hasattr(part, "_diffusers_hook") else {}
 
 
 def _pass_by(hook: Any, restore: ExitStack) -> None:
@@ -112,9 +112,7 @@ class ProbeWeights:
         Raises:
             ValueError: a network was put into train mode since it was recorded.
         """
-        with ExitStack() as restore:
-            for lock in sorted({_LOCKS.setdefault(m, threading.RLock()) for m in self.modules}, key=id):
-                restore.enter_context(lock)
+        with self.untouched(), ExitStack() as restore:
             if self._depth:
                 yield
                 return

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,6 +116,11 @@ class PointGeometry:
     products: int = 0
     backend: str = "function_values"
     details: dict[str, Any] = field(default_factory=dict)
+
+
+def probe_generator(*place: int) -> torch.Generator:
+    """Random probes of one place (seed, step, sample, ...), independent of those of any other."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
 
 
 class Probe:

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .capture import RecordedEnough, record
-from .drive import PATCHED, Drive, own_channels
-from .pipeline_call import EndOfRun, PipelineCall, StepOutput, private_pipeline, run_privately
+from .analyze import made_by
+from .capture import record
+from .drive import PATCHED, Drive, held, own_channels
+from .pipeline_call import EndOfRun, PipelineCall, StepOutput, private_pipeline, run_privately, step_arguments
 from .recorded_step import CERTIFICATE_TOLERANCE, RecordedStep
 
 
@@ -49,12 +50,7 @@ class Schedule:
         """Runs the call up to its second step; the caller's generators and callbacks are not used."""
         call = PipelineCall.capture(pipe, type(pipe), args, kwargs)
         with record(pipe, 1, engine="drive") as recording, call.global_rng():
-            recording.stop_after_recording = 1
-            try:
-                pipe(*call.positional, **call.replayed_arguments())
-            except RecordedEnough:
-                if hasattr(pipe, "maybe_free_model_hooks"):
-                    pipe.maybe_free_model_hooks()
+            recording.run(1, *call.positional, **call.replayed_arguments())
         scheduler = pipe.scheduler
         if hasattr(scheduler, "ets") and not scheduler.config.skip_prk_steps:
             raise ValueError("PNDMScheduler has skip_prk_steps=False. Expected True: its Runge-Kutta start has no later beginning.")
@@ -144,8 +140,7 @@ class Restart:
         """
         ends, images = [], []
         for chunk in points.split(batch):
-            full = torch.cat([chunk] * -(-batch // len(chunk)))[:batch]  # a call makes no fewer
-            _, end, output = self._run(full, reseeded(self._drive.call, generator), decode=decode)
+            _, end, output = self._run(filled(chunk, batch), reseeded(self._drive.call, generator), decode=decode)
             ends.append(end[: len(chunk)])
             images.append(_decoded(output, batch, self._drive.call.pipeline_class)[: len(chunk)] if decode else None)
         if not decode:
@@ -168,18 +163,17 @@ class Restart:
         scheduler, state = copy.deepcopy(self._drive.scheduler), {}
         points = torch.cat([points, points]) if self._drive.duplicated else points
         set_original, step_original = scheduler.set_timesteps, scheduler.step
-        parameters = list(inspect.signature(step_original).parameters)
         seen: dict[str, Any] = {"steps": 0, "output": None, "sample": None}
 
         @functools.wraps(set_original)
         def set_timesteps(*args: Any, **kwargs: Any) -> None:
             set_original(*args, **kwargs)
-            state.update({k: copy.copy(v) for k, v in scheduler.__dict__.items() if k not in PATCHED})
+            state.update({k: held(v) for k, v in scheduler.__dict__.items() if k not in PATCHED})
             scheduler.timesteps = self._loop.to(scheduler.timesteps)
 
         @functools.wraps(step_original)
         def step(*args: Any, **kwargs: Any) -> Any:
-            named = dict(zip(parameters, args, strict=False)) | kwargs
+            named = step_arguments(scheduler, args, kwargs)
             seen["steps"] += 1
             if seen["steps"] < self._lead:
                 return StepOutput((named["sample"],) * 2)
@@ -198,6 +192,11 @@ class Restart:
 
         scheduler.__dict__.update(set_timesteps=set_timesteps, step=step)
         return private_pipeline(self._drive.call, scheduler), seen
+
+
+def filled(chunk: Tensor, batch: int) -> Tensor:
+    """At least one row repeated to ``batch`` of them: a call makes no fewer."""
+    return torch.cat([chunk] * -(-batch // len(chunk)))[:batch]
 
 
 def reseeded(call: PipelineCall, generator: torch.Generator) -> PipelineCall:
@@ -223,7 +222,7 @@ def _seeds(generator: torch.Generator, count: int) -> list[int]:
 
 def _resume(scheduler: Any, state: dict[str, Any], position: int) -> None:
     """The scheduler as ``set_timesteps`` left it, its next step that of ``position``."""
-    scheduler.__dict__.update({k: copy.copy(v) for k, v in state.items()})
+    scheduler.__dict__.update({k: held(v) for k, v in state.items()})
     if hasattr(scheduler, "derivatives"):  # LMS takes its order from the position and expects as many derivatives
         scheduler.timesteps, scheduler.sigmas, position = scheduler.timesteps[position:], scheduler.sigmas[position:], 0
     if hasattr(scheduler, "set_begin_index"):
@@ -232,8 +231,7 @@ def _resume(scheduler: Any, state: dict[str, Any], position: int) -> None:
 
 def _decoded(output: Any, batch: int, pipeline_class: type) -> Tensor | np.ndarray:
     """The images (frames, vectors) of a pipeline's output as one tensor or array, (batch, ...)."""
-    found = next((getattr(output, n) for n in ("images", "frames", "audios", "samples") if hasattr(output, n)), None)
-    found = output[0] if found is None and isinstance(output, (tuple, list)) else found
+    found = made_by(output)
     if isinstance(found, (list, tuple)) and len(found) and all(hasattr(image, "mode") for image in found):
         found = np.stack([np.asarray(image) for image in found])
     if not isinstance(found, (Tensor, np.ndarray)) or len(found) != batch:

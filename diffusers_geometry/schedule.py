@@ -148,11 +148,9 @@ def noise_level(scheduler: Any, i: int) -> NoiseLevel:
     if family == "variance_preserving":
         alpha_t, sigma_t = (float(v) for v in scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[i].cpu().double()))
         return _level(prediction, alpha_t, sigma_t, 1.0, timestep)
-    if family == "flow" and getattr(
-        config, "invert_sigmas", False
-    ):  # Mochi: sigmas rise with the signal, the output is x_0 - epsilon
-        return NoiseLevel(sigma, 1 - sigma, 1.0, 1 - sigma, 1.0, timestep)
     if family == "flow":
+        if getattr(config, "invert_sigmas", False):  # Mochi: sigmas rise with the signal, the output is x_0 - epsilon
+            return NoiseLevel(sigma, 1 - sigma, 1.0, 1 - sigma, 1.0, timestep)
         return _level("flow_prediction", 1 - sigma, sigma, 1.0, timestep)
     if family == "variance_exploding":
         if hasattr(scheduler, "sigmas_interpol") and i % 2 == 1:

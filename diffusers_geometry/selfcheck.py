@@ -13,6 +13,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,7 +44,7 @@ def selfcheck(pipe: Any, /, *args: Any, manifold_dim: int | None = None, **kwarg
     """Puts a manifold of known geometry behind ``pipe``'s class and scheduler and measures it.
 
     Args:
-        pipe: The pipeline; it is called three times with the arguments and left as it is.
+        pipe: The pipeline; it is called with the arguments, as copies of it are, and left as it is.
         *args: Arguments of its call.
         manifold_dim: m, by default 8, or a quarter of d where that is less.
         **kwargs: Arguments of its call.
@@ -65,7 +66,7 @@ def selfcheck(pipe: Any, /, *args: Any, manifold_dim: int | None = None, **kwarg
         imitation(*args, **kwargs)
     checks += [*_reading(recording[0]), *_fresh(imitation, recording, args, kwargs)]
     for step in recording:
-        checks += [*_noise_level(imitation.scheduler, step), *_engines(step)]
+        checks += [*_noise_level(imitation.scheduler, step), _certificate("certificate", step)]
         if step.alpha_t > 0:
             checks += _geometry(step, variances, generator)
     checks += [_generation(recording, basis), *_dimension(recording[-1], recording, basis, variances)]
@@ -83,11 +84,8 @@ def _caches(pipe: Any) -> Iterator[Check]:
 def _evaluated_again(recording: Recording) -> Iterator[Check]:
     """The user's own network gives its recorded output again."""
     for step in recording:
-        try:
-            engine, error, why = step.engine, step.certificate_error, step.note
-        except (RuntimeError, ValueError) as refused:
-            engine, error, why = "-", float("nan"), str(refused)
-        yield Check("own network again", _where(step), 0.0, error, TOLERANCE, engine, why)
+        check = _certificate("own network again", step)
+        yield replace(check, failure=check.failure or step.note)
 
 
 def _imitate(pipe: Any, recording: Recording, exact: LinearManifoldDenoiser, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -132,20 +130,17 @@ def _where(step: RecordedStep) -> str:
 
 def _noise_level(scheduler: Any, step: RecordedStep) -> Iterator[Check]:
     """alpha x_0 + sigma epsilon as the scheduler itself adds noise."""
-    add = getattr(scheduler, "add_noise", None) or getattr(scheduler, "scale_noise", None)
-    if add is None or getattr(scheduler.config, "invert_sigmas", False):  # Mochi's scheduler adds noise as if they were not
+    if getattr(scheduler.config, "invert_sigmas", False):  # Mochi's scheduler adds noise as if they were not
         return
-    generator = torch.Generator().manual_seed(1)
-    x_0, noise = (torch.randn(4, 3, generator=generator) for _ in range(2))
-    state = dict(scheduler.__dict__)
+    scheduler = copy.deepcopy(scheduler)
     scheduler.__dict__.update(_begin_index=step.index, _step_index=step.index)
-    timestep = scheduler.timesteps[step.index : step.index + 1].repeat(4)
+    generator, timestep = torch.Generator().manual_seed(1), scheduler.timesteps[step.index : step.index + 1].repeat(4)
+    x_0, noise = (torch.randn(4, 3, generator=generator) for _ in range(2))
     with suppress(NotImplementedError):
-        noisy = scheduler.scale_noise(x_0, timestep, noise) if not hasattr(scheduler, "add_noise") else add(x_0, noise, timestep)
+        add_noise = hasattr(scheduler, "add_noise")
+        noisy = scheduler.add_noise(x_0, noise, timestep) if add_noise else scheduler.scale_noise(x_0, timestep, noise)
         error = (noisy - step.alpha_t * x_0 - step.sigma_t * noise).norm() / noisy.norm()
         yield Check("alpha x_0 + sigma noise", _where(step), 0.0, error.item(), 1e-4, "scheduler")
-    scheduler.__dict__.clear()
-    scheduler.__dict__.update(state)
 
 
 def _reading(step: RecordedStep) -> Iterator[Check]:
@@ -208,11 +203,12 @@ def _end_sigma(scheduler: Any) -> float:
     return 0.02 if type(scheduler).__name__ == "DDPMWuerstchenScheduler" else 0.0
 
 
-def _engines(step: RecordedStep) -> Iterator[Check]:
+def _certificate(what: str, step: RecordedStep) -> Check:
+    """What the step's engine is certified to, or why it is refused."""
     try:
-        yield Check("certificate", _where(step), 0.0, step.certificate_error, TOLERANCE, step.engine, None)
+        return Check(what, _where(step), 0.0, step.certificate_error, TOLERANCE, step.engine)
     except (RuntimeError, ValueError) as refused:
-        yield Check("certificate", _where(step), 0.0, float("nan"), TOLERANCE, "-", str(refused))
+        return Check(what, _where(step), 0.0, float("nan"), TOLERANCE, "-", str(refused))
 
 
 def _geometry(step: RecordedStep, variances: Tensor, generator: torch.Generator) -> Iterator[Check]:

@@ -31,7 +31,7 @@ from .descriptors import local_rank, local_scaling
 from .drive import own_output
 from .estimate import Estimate
 from .precision import ProbeWeights, to_float32
-from .probe import PointGeometry, Probe
+from .probe import PointGeometry, Probe, probe_generator
 from .schedule import NoiseLevel, loop_length, noise_level
 from .training_trace import QUANTITIES, TrainingRecord, TrainingTrace
 
@@ -157,11 +157,8 @@ class GeometryTrainingCallback:
         return own_output(output if isinstance(output, Tensor) else output[0], x_t)
 
     def _point(self, network: nn.Module, level: int, sample: int) -> tuple[dict[str, Estimate], int]:
-        entropy = np.random.SeedSequence([self._seed, level, sample]).generate_state(1, np.uint64)[0]
-        x_t = self.points[level][sample]
-        found: PointGeometry = self.probe(
-            self.denoiser(network, level, sample), x_t, x_t, torch.Generator().manual_seed(int(entropy))
-        )
+        x_t, generator = self.points[level][sample], probe_generator(self._seed, level, sample)
+        found: PointGeometry = self.probe(self.denoiser(network, level, sample), x_t, x_t, generator)
         asymmetry, absent = found.denoised.asymmetry, Estimate(math.nan, None)
         return {
             "psi": local_scaling(found.spectrum, rank=self.psi_rank),

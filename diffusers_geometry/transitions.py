@@ -28,7 +28,8 @@ from tqdm.auto import tqdm
 from .clones import Classes, Experiment, Parents
 from .collapse import as_samples, data_collapse, held_out_collapse, held_out_errors
 from .restart import Restart, Schedule
-from .transition_report import ClassPair, TransitionReport, speciation_sigma, square_root, top_eigenvalue
+from .speciation import ClassPair, speciation_sigma, square_root, top_eigenvalue
+from .transition_report import TransitionReport
 
 
 def measure_transitions(

@@ -10,9 +10,7 @@ from behind import seeded
 from tiny import randn
 
 from diffusers_geometry import Estimate, TransitionReport
-from diffusers_geometry.theory import clone_agreement
-from diffusers_geometry.theory.transitions import clone_snr
-from diffusers_geometry.transition_report import (
+from diffusers_geometry.speciation import (
     ClassPair,
     covariance_eigenvalues,
     crossing,
@@ -21,6 +19,8 @@ from diffusers_geometry.transition_report import (
     square_root,
     top_eigenvalue,
 )
+from diffusers_geometry.theory import clone_agreement
+from diffusers_geometry.theory.transitions import clone_snr
 
 MEAN_SQUARED, WITHIN = 16.0, 1.0
 

@@ -12,9 +12,9 @@ from tiny import randn
 
 from diffusers_geometry import TransitionReport, measure_transitions, with_geometry
 from diffusers_geometry.exact import EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
+from diffusers_geometry.speciation import crossing
 from diffusers_geometry.theory import clone_agreement, collapse_time_gaussian, sigma_of_time
 from diffusers_geometry.theory.transitions import clone_snr
-from diffusers_geometry.transition_report import crossing
 
 MEAN_SQUARED, WITHIN = 16.0, 1.0
 
