@@ -35,9 +35,10 @@ from torch import Tensor, nn
 from .denoiser import Denoiser
 from .drive import own_output
 from .objectives import Evaluation, GuidedStep, append_dims, as_objective, checked
+from .pipeline_call import step_arguments
 from .precision import ProbeWeights, to_float32
 from .replay import NetworkCall, Replay, may_hold
-from .schedule import NoiseLevel, loop_position, noise_level, scheduler_family
+from .schedule import NoiseLevel, loop_length, loop_position, noise_level, scheduler_family
 
 Trust = Literal["update", "noise"]
 _PATCHED = ("set_timesteps", "step")
@@ -185,12 +186,12 @@ class GuidedRun:
         return shifted
 
     def _progress(self, position: int) -> float:
-        return (position - self._first) / max(len(self.pipe.scheduler.timesteps) - 1 - self._first, 1)
+        return (position - self._first) / max(loop_length(self.pipe.scheduler) - 1 - self._first, 1)
 
     def _plan(self, first: int) -> None:
         """The scale of every position of the run; refuses a run in which nothing could be guided."""
         self._first, scheduler, guidance = first, self.pipe.scheduler, self.guidance
-        wanted = {i: guidance.scale_at(self._progress(i)) for i in range(first, len(scheduler.timesteps))}
+        wanted = {i: guidance.scale_at(self._progress(i)) for i in range(first, loop_length(scheduler))}
         wanted = {i: scale for i, scale in wanted.items() if scale}
         self._scales = {i: scale for i, scale in wanted.items() if guidance.objective.covers(noise_level(scheduler, i))}
         if wanted and not self._scales:
@@ -266,10 +267,14 @@ def guided(pipe: Any, guidance: GeometryGuidance) -> Iterator[GuidedRun]:
         return originals["set_timesteps"](*args, **kwargs)
 
     @_method_like(originals["step"])
-    def step(own: Any, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def step(own: Any, *args: Any, **kwargs: Any) -> Any:
         if own is not scheduler:
-            return type(own).step(own, model_output, timestep, sample, *args, **kwargs)
-        return originals["step"](run.output(model_output, timestep, sample), timestep, sample, *args, **kwargs)
+            return type(own).step(own, *args, **kwargs)
+        named = step_arguments(scheduler, args, kwargs)
+        output = run.output(named["model_output"], named["timestep"], named["sample"])
+        if args:
+            return originals["step"](output, *args[1:], **kwargs)
+        return originals["step"](**kwargs | {"model_output": output})
 
     step.is_guided = True
     with ExitStack() as undo:

@@ -2,6 +2,7 @@
 
 import math
 
+import catalogue
 import diffusers
 import numpy as np
 import pytest
@@ -352,3 +353,21 @@ def test_wrong_use_is_refused():
         pipe(**pixel_call())
     with pytest.raises(ValueError, match=r"scale\(0.2\) = inf"), guided(pipe, GeometryGuidance(tall, scale=lambda p: math.inf)):
         pipe(**pixel_call())
+
+
+@pytest.mark.parametrize("name", ["CogVideoXPipeline", "StableCascadeDecoderPipeline"])
+def test_schedulers_with_steps_and_ends_of_their_own(name):
+    """CogVideoX's DPM step names five arguments; Wuerstchen's last timestep is where the last step leads."""
+    case = next(c for c in catalogue.CASES if c.name == name)
+    ends = []
+    for scale in (None, 0.0, 2.0):
+        pipe = case.build()
+        if case.schedulers:
+            pipe.scheduler = case.schedulers[0](pipe)
+        call = case.arguments(pipe) | {"generator": torch.Generator().manual_seed(0)}
+        with record(pipe, [-1]) if scale is None else guided(pipe, GeometryGuidance(tall, scale, 0.0, 1.0)) as run:
+            output = pipe(**call)[0]
+        ends.append(torch.as_tensor(np.asarray(output)))
+    assert len(run.log) == len(pipe.scheduler.timesteps) - (name == "StableCascadeDecoderPipeline")
+    assert torch.equal(ends[0], ends[1])
+    assert (ends[2] - ends[0]).abs().max() > 1e-3
