@@ -28,6 +28,7 @@ NUMERICAL = [
     "activations",
     "vertices",
     "complexity",
+    "batch_complexity",
     "variation",
     "generators",
     "dimension",
@@ -44,6 +45,10 @@ NUMERICAL = [
     "viz",
     "comparison",
     "training_trace",
+    "memorization_metrics",
+    "memorization_scores",
+    "memorization_detector",
+    "memorization",
 ]
 HOST = [
     "bundled",
@@ -78,6 +83,9 @@ HOST = [
     "exact_network",
     "checks",
     "selfcheck",
+    "hub_errors",
+    "pipeline_files",
+    "hub",
     "loading",
     "cli_options",
     "cli_transitions",
