@@ -13,13 +13,18 @@ class UsageError(Exception):
     """What the user asked for cannot be done; the message says what can."""
 
 
-def load_pipeline(model: str | None, dtype: str = "float32", device: str = "cpu") -> Any:
+def load_pipeline(model: str | None, dtype: str = "float32", device: str = "cpu", *, token: str | bool | None = None) -> Any:
     """A geometry pipeline from a folder, a Hub id, or the bundled digits; safetensors only.
+
+    A Hub id is pinned to the commit that it means now (:func:`.hub.snapshot`), or to the one it names: ``org/model@sha``; the
+    pipeline's ``name_or_path`` says which.
 
     Raises:
         UsageError: nothing can be loaded there, unknown dtype or device.
+        HubError: the Hub does not give it, or not in safetensors.
     """
     from .bundled import DIGITS
+    from .hub import snapshot
 
     name = str(DIGITS) if model is None else model
     if Path(name).exists() and not (Path(name) / "model_index.json").is_file():
@@ -38,18 +43,14 @@ def load_pipeline(model: str | None, dtype: str = "float32", device: str = "cpu"
         torch.empty(0, device=device)
     except Exception as error:
         raise UsageError(f"--device {device} cannot be used here: {one_line(error)}") from error
-    if Path(name).exists():
-        _check_index(Path(name) / "model_index.json")
+    found = snapshot(name, token=token)
+    _check_index(found.path / "model_index.json")
     try:
-        loader = _own_class(diffusers.DiffusionPipeline.load_config(name)) or diffusers.DiffusionPipeline
-        pipe = loader.from_pretrained(name, dtype=dtypes[dtype], use_safetensors=True)
+        loader = _own_class(diffusers.DiffusionPipeline.load_config(found.path)) or diffusers.DiffusionPipeline
+        pipe = loader.from_pretrained(found.path, dtype=dtypes[dtype], use_safetensors=True)
     except Exception as error:  # diffusers raises whatever the broken file makes it raise
-        if Path(name).exists():
-            raise UsageError(f"cannot load the pipeline in {name}: {one_line(error)}") from error
-        raise UsageError(
-            f"no model {name!r}: it is not a folder, and the Hub did not give it. Expected an existing folder or a Hub id such as "
-            f"org/name. ({one_line(error)})"
-        ) from error
+        raise UsageError(f"cannot load the pipeline in {found.name}: {one_line(error)}") from error
+    pipe.register_to_config(_name_or_path=found.name)
     return with_geometry(pipe.to(torch.device(device)))
 
 
