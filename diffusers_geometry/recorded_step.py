@@ -22,7 +22,7 @@ from .drive import Drive
 from .ending import Ending
 from .jacobian import Derivative, Jacobian
 from .precision import HALF, ProbeWeights, has_step_cache, is_half, to_float32
-from .replay import NetworkCall, Replay, ReplayRefused, input_scales, is_single_output, sampled_calls
+from .replay import NetworkCall, Replay, ReplayRefused, evaluations, input_scales, is_single_output, sampled_calls
 from .schedule import NoiseLevel
 
 Engine = Literal["auto", "replay", "drive"]
@@ -76,6 +76,16 @@ class RecordedStep:
     def network_calls(self) -> list[NetworkCall]:
         """The calls of networks that were given the sample."""
         return sampled_calls(self._calls, self.sample)
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations that this step took for one sample."""
+        return evaluations(self._calls, self.sample)
+
+    @property
+    def has_guidance(self) -> bool:
+        """Whether the conditional and the unconditional branch can be told apart: two outputs, and the replay engine."""
+        return self.engine == "replay" and len(self._replay.weights) == 2
 
     @property
     def weights_memory(self) -> int:
@@ -265,6 +275,7 @@ class RecordedStep:
                 if self._half:
                     self._replay.fit(points[0], driven[0])
                 replayed = self._replay(torch.stack(points), self._replay.weights)
+                self._replay.separate(points[1])
         except RuntimeError as error:  # shapes that a network takes from more than its batch
             if is_out_of_memory(error):
                 raise

@@ -10,7 +10,7 @@ a wrong derivative. So :mod:`.recorded_step` compares with :mod:`.drive` away fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from .drive import own_channels
 from .precision import HALF, map_tensors, to_float32
+
+SEPARATE_TOLERANCE = 1e-5  # what the size of a batch may change by rounding
 
 
 class ReplayRefused(RuntimeError):
@@ -56,6 +58,7 @@ class Replay:
 
     Attributes:
         weights: Per network output (call by call, repeat by repeat), its weight in the model output.
+        separable: Whether a branch may be evaluated without the others, see :meth:`separate`.
 
     Raises:
         ReplayRefused: a call does not contain the sample, or the outputs do not combine linearly to the model output.
@@ -67,7 +70,7 @@ class Replay:
             raise ReplayRefused("no network of the pipeline was called with a rescaled copy of the sample")
         self.sample, self.calls, self.slots = sample, [call for call, _ in found], [slot for _, slot in found]
         outputs = [self._split(call.output, slot.repeats, 1, len(sample))[:, 0] for call, slot in found]
-        self.weights = _combination(torch.cat(outputs), model_output)
+        self.weights, self.separable = _combination(torch.cat(outputs), model_output), False
 
     @property
     def c_in(self) -> float:
@@ -78,9 +81,25 @@ class Replay:
         """Solves for the weights again, at a point (b, *dims) and in the precision in which the networks are called now."""
         outputs = []
         for call, slot in zip(self.calls, self.slots, strict=True):
-            args, kwargs = self._arguments(call, slot, x[None], None)
-            outputs.append(self._split(call.module(*args, **kwargs), slot.repeats, 1, len(x))[:, 0])
+            outputs.append(self._outputs(call, slot, x[None], None, range(slot.repeats))[:, 0])
         self.weights = _combination(torch.cat(outputs), model_output)
+
+    def separate(self, x: Tensor) -> None:
+        """Learns at a point (b, *dims) whether every copy of a call gives the same without the others.
+
+        A branch is evaluated alone then; layers that mix the copies, as those of perturbed attention guidance do, forbid it.
+        """
+        self.separable = all(self._is_alone(call, slot, x[None]) for call, slot in zip(self.calls, self.slots, strict=True))
+
+    def _is_alone(self, call: NetworkCall, slot: _Slot, points: Tensor) -> bool:
+        if slot.repeats == 1:
+            return True
+        whole = self._outputs(call, slot, points, None, range(slot.repeats)).cpu().double()
+        try:
+            alone = torch.cat([self._outputs(call, slot, points, None, [r]) for r in range(slot.repeats)]).cpu().double()
+        except RuntimeError:  # layers that cannot share this batch out
+            return False
+        return bool((alone - whole).norm() <= SEPARATE_TOLERANCE * whole.norm())
 
     def branch_weights(self, branch: str) -> Tensor:
         """Weights of "guided", "conditional" or "unconditional", shape (number of outputs,).
@@ -112,37 +131,43 @@ class Replay:
             weights: From :meth:`branch_weights`.
             index: That sample's position; its conditioning is used.
         """
-        stack, batch = points.shape[:2]
         total, used = torch.zeros_like(points), 0
         for call, slot in zip(self.calls, self.slots, strict=True):
-            share = weights[used : used + slot.repeats]
+            share = weights[used : used + slot.repeats].tolist()
             used += slot.repeats
-            if (share == 0).all():
-                continue
-            args, kwargs = self._arguments(call, slot, points, index)
-            outputs = self._split(call.module(*args, **kwargs), slot.repeats, stack, batch)
-            for weight, output in zip(share.tolist(), outputs, strict=True):
-                total = total + weight * output
+            copies = [r for r, weight in enumerate(share) if weight or not self.separable]
+            if any(share):
+                outputs = self._outputs(call, slot, points, index, copies)
+                for r, output in zip(copies, outputs, strict=True):
+                    total = total + share[r] * output
         return total
 
-    def _arguments(self, call: NetworkCall, slot: _Slot, points: Tensor, index: int | None) -> tuple[list, dict]:
-        """The recorded arguments, conditioning tiled to the stack and the sample's place filled with the points."""
+    def _outputs(self, call: NetworkCall, slot: _Slot, points: Tensor, index: int | None, copies: Sequence[int]) -> Tensor:
+        """What a network returns for some of the copies of the sample in a call, (copies, K, b, *dims)."""
+        args, kwargs = self._arguments(call, slot, points, index, copies)
+        return self._split(call.module(*args, **kwargs), len(copies), *points.shape[:2])
+
+    def _arguments(
+        self, call: NetworkCall, slot: _Slot, points: Tensor, index: int | None, copies: Sequence[int]
+    ) -> tuple[list, dict]:
+        """The recorded arguments of some copies, conditioning tiled to the stack and the sample's place filled with the points."""
         stack, batch, rows = points.shape[0], points.shape[1], slot.repeats * len(self.sample)
 
         def tile(value: Any) -> Any:
             if isinstance(value, Tensor) and value.ndim and value.shape[0] == rows:
                 value = value.unflatten(0, (slot.repeats, 1, len(self.sample)))
+                value = value if len(copies) == slot.repeats else value[list(copies)]
                 value = value if index is None else value[:, :, index : index + 1]
                 return value.expand(-1, stack, *value.shape[2:]).flatten(0, 2)
             if isinstance(value, list) and len(value) == rows:
                 picked = range(len(self.sample)) if index is None else [index]
-                return [value[r * len(self.sample) + i] for r in range(slot.repeats) for _ in range(stack) for i in picked]
+                return [value[r * len(self.sample) + i] for r in copies for _ in range(stack) for i in picked]
             if isinstance(value, dict):
                 return {key: tile(item) for key, item in value.items()}
             return value
 
-        seen = (slot.c_in * points)[None].expand(slot.repeats, *points.shape)
-        seen = seen.reshape(slot.repeats * stack * batch, *slot.item_shape)
+        seen = (slot.c_in * points)[None].expand(len(copies), *points.shape)
+        seen = seen.reshape(len(copies) * stack * batch, *slot.item_shape)
         filled: dict[int | str, Any] = {slot.key: list(seen.unbind(0)) if slot.is_list else seen}
         args = [filled.get(i, map_tensors(tile(v), to_float32)) for i, v in enumerate(call.args)]
         return args, {name: filled.get(name, map_tensors(tile(v), to_float32)) for name, v in call.kwargs.items()}
@@ -209,6 +234,11 @@ def predicted(output: Any) -> Tensor | None:
     if isinstance(output, list) and {getattr(item, "shape", None) for item in output} == {output[0].shape}:
         output = torch.stack(output)
     return output if isinstance(output, Tensor) else None
+
+
+def evaluations(calls: list[NetworkCall], sample: Tensor) -> int:
+    """Network evaluations that the step took for one sample: its branches, over all calls."""
+    return sum(slot.repeats for _, slot in _calls_with_slots(calls, sample))
 
 
 def is_single_output(calls: list[NetworkCall], sample: Tensor) -> bool:

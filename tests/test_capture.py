@@ -151,6 +151,44 @@ def test_branches_combine_to_the_guided_jacobian():
         assert alone.shape == recording[0].sample[:1].shape
 
 
+def test_a_branch_is_evaluated_without_the_others_where_that_is_the_same():
+    pipe, rows = sd_pipeline(), []
+    with record(pipe, [1]) as recording:
+        pipe(**sd_call(2), generator=seeded())
+    step, x = recording[0], recording[0].sample[0].expand(3, *recording[0].sample.shape[1:])
+    denoisers = {name: step.branch(name).select(0) for name in ("guided", "conditional", "unconditional")}
+    handle = pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    found = {name: denoiser.denoised(x) for name, denoiser in denoisers.items()}
+    handle.remove()
+    assert rows == [6, 3, 3]
+    combined = found["unconditional"] + 7.5 * (found["conditional"] - found["unconditional"])
+    torch.testing.assert_close(combined, found["guided"], atol=1e-4, rtol=1e-4)
+
+
+def test_branches_that_lean_on_one_another_are_evaluated_together():
+    """As in perturbed attention guidance, whose layers mix the copies of one sample."""
+
+    def mixed(module, args, output):
+        copies = output[0].unflatten(0, (2, -1))
+        return (copies + 0.5 * copies.flip(0)).flatten(0, 1), *output[1:]
+
+    def lean(pipe):
+        return pipe.unet.register_forward_hook(mixed)
+
+    plain, leaning = sd_pipeline(), sd_pipeline()
+    lean(leaning)
+    for pipe in (plain, leaning):
+        with record(pipe, [0]) as recording:
+            pipe(**sd_call(), generator=seeded())
+        step, x = recording[0], recording[0].sample
+        if pipe is plain:
+            conditional, unconditional = (step.branch(name).epsilon(x) for name in ("conditional", "unconditional"))
+    assert step.engine == "replay"
+    expected = (conditional + 0.5 * unconditional, unconditional + 0.5 * conditional)
+    for name, value in zip(("conditional", "unconditional"), expected, strict=True):
+        torch.testing.assert_close(step.branch(name).epsilon(x), value, atol=1e-4, rtol=1e-4)
+
+
 def test_missing_and_unknown_branches_are_refused():
     pipe = ddpm_pipeline()
     with record(pipe, [0]) as recording:
