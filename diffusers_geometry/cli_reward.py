@@ -12,6 +12,7 @@ import typer
 from .cli_options import Call, ClassLabel, Device, Dtype, Model, Seed, Steps
 from .loading import UsageError, call_arguments, check_writable, load_pipeline, one_line, step_choice
 
+DESCRIPTORS = ("psi", "nu", "delta")
 _STEPS_REFUSED = "is not a choice of steps. Expected a number, or positions 20,30,40"
 
 
@@ -29,9 +30,10 @@ def train_reward(
     seeds: Annotated[int, typer.Option(help="Generations per prompt or label, seeds 0, 1, ...")] = 512,
     steps: Steps = 50,
     record_steps: Annotated[str, typer.Option(help="How many loop positions to label, or positions such as 20,30,40.")] = "8",
-    descriptor: Annotated[str, typer.Option(help="What to predict: psi or nu.")] = "psi",
+    descriptor: Annotated[str, typer.Option(help="What to predict: psi, nu or delta.")] = "psi",
     psi_rank: Annotated[int, typer.Option(help="Singular values that psi sums.")] = 16,
     spectrum: Annotated[str, typer.Option(help="auto, dense, golub_kahan or randomized.")] = "auto",
+    delta: Annotated[bool, typer.Option(help="Label delta too, by 32 evaluations of the network a label.")] = True,
     batch_size: Annotated[int, typer.Option(help="Generations at once.")] = 16,
     head: Annotated[str, typer.Option(help="bins (per noise level) or value.")] = "bins",
     trunk: Annotated[
@@ -44,11 +46,13 @@ def train_reward(
     dtype: Dtype = "float32",
     device: Device = "cpu",
 ) -> None:
-    """Label what a model generates with the psi of its denoiser, and train a reward on it; run again to continue after a stop."""
+    """Label what a model generates with psi, nu and delta, and train a reward on one; run again to continue after a stop."""
     from .dataset import DatasetRequest, generate_dataset, plan_dataset
 
     if trunk not in ("auto", "network", "small"):
         raise UsageError(f"--trunk {trunk!r} is not known. Expected auto, network or small.")
+    if descriptor not in DESCRIPTORS or (descriptor == "delta" and not delta):
+        raise UsageError(f"--descriptor {descriptor!r}{'' if delta else ' --no-delta'}. Expected one of {DESCRIPTORS}, labelled.")
     check_writable(output)
     pipe, arguments = _loaded(model, class_label, steps, 0, call, dtype, device, prompts)
     pipe.set_progress_bar_config(disable=True)
@@ -56,7 +60,7 @@ def train_reward(
     request = DatasetRequest(
         prompts=_lines(prompts), class_labels=tuple(class_label) if class_label else None, seeds=range(seeds), spectrum=spectrum,
         record_steps=step_choice("--record-steps", record_steps, _STEPS_REFUSED, all_allowed=False), psi_rank=psi_rank,
-        batch_size=batch_size, call=kept,
+        batch_size=batch_size, call=kept, **({} if delta else {"delta_radius": None}),
     )  # fmt: skip
     print(plan_dataset(pipe, request).table())
     if plan_only:
@@ -84,6 +88,12 @@ def _train(pipe: Any, model: str | None, output: Path, trunk: str, config: dict[
     if PartialState().is_main_process:
         made_of = {"model": model or "the bundled digits", "scheduler": parts[0].manifest["model"]["scheduler"]["class"]}
         made_of |= {"trunk": "a copy of the model's encoder" if copied else "small, its own"}
+        if reward.config.descriptor == "delta":
+            asked = parts[0].request
+            made_of["delta"] = (
+                f"knots within {asked.delta_radius:g} of the noise per coordinate, {asked.delta_directions} directions, "
+                f"mean of {asked.delta_draws} draws"
+            )
         save_reward(reward, metrics, output, made_of=made_of)
         shutil.rmtree(output / "checkpoint", ignore_errors=True)
         print(

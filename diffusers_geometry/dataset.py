@@ -1,4 +1,4 @@
-"""Labelled data for a reward: points x_t that a pipeline visits, with the psi and nu of its denoiser there.
+"""Labelled data for a reward: points x_t that a pipeline visits, with psi, nu and delta of its denoiser there.
 
 A folder holds ``dataset.json``, what was asked for, and one ``shard-*.safetensors`` a unit of work, a batch of (conditioning, seed)
 pairs. A unit's name and content follow from the request alone and its file appears whole, so that a run that was killed at any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .analyze import plan_geometry
-from .labels import FIELDS, DatasetRequest, label_unit
+from .labels import DatasetRequest, label_unit
 from .plan import GeometryPlan
 from .probe import Probe
 from .storage import write_together
@@ -33,11 +33,12 @@ MANIFEST = "dataset.json"
 
 @dataclass(frozen=True)
 class DatasetPlan:
-    """What a dataset will cost: the plan of its first unit, and how many units there are."""
+    """What a dataset will cost: the plan of its first unit, how many units there are, and what delta adds to a label."""
 
     unit: GeometryPlan
     units: int
     labels: int
+    delta_evaluations: int = 0
 
     @property
     def products(self) -> int:
@@ -47,12 +48,13 @@ class DatasetPlan:
     @property
     def seconds(self) -> float:
         """Seconds of probing on one process, at most; the generation itself comes on top."""
-        return self.unit.costs.seconds(self.unit.probe) * self.labels
+        return (self.unit.costs.seconds(self.unit.probe) + self.unit.costs.evaluation * self.delta_evaluations) * self.labels
 
     def table(self) -> str:
         """The plan as text."""
         probe = self.unit.probe
         work = f"{self.labels} labels in {self.units} units by {probe.method}, engine {self.unit.engine}: {self.products} products"
+        work += f" and {self.delta_evaluations * self.labels} evaluations for delta" if self.delta_evaluations else ""
         return f"{work}, {self.seconds:.3g} s of probing on one process ({self.seconds / self.labels:.3g} s a label)"
 
 
@@ -84,7 +86,7 @@ class GeometryDataset(torch.utils.data.Dataset):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All samples of the split stacked, by name: x_t (N, *dims), the others (N,); psi in nats."""
+        """All samples of the split stacked, by name: x_t (N, *dims), the others (N,); psi in nats, delta in knots."""
         if self._tensors is None:
             held = torch.tensor([self.request.is_held_out(s) for s in self.request.seeds])
             index = {s: i for i, s in enumerate(self.request.seeds)}
@@ -92,8 +94,8 @@ class GeometryDataset(torch.utils.data.Dataset):
             for shard in (load_file(path) for path in self.shards):
                 wanted = held[[index[s] for s in shard["seed"].tolist()]]
                 wanted = {"train": ~wanted, "held_out": wanted, "all": wanted | ~wanted}[self.split]
-                parts.append({name: shard[name][wanted] for name in FIELDS})
-            self._tensors = {name: torch.cat([p[name] for p in parts]) for name in FIELDS}
+                parts.append({name: shard[name][wanted] for name in self.request.fields})
+            self._tensors = {name: torch.cat([p[name] for p in parts]) for name in self.request.fields}
             self._tensors["sigma"] = self._tensors["sigma_t"] / self._tensors["alpha_t"]
         return self._tensors
 
@@ -122,7 +124,8 @@ def plan_dataset(pipe: Any, request: DatasetRequest) -> DatasetPlan:
     plan = plan_geometry(pipe, **request.arguments(units[0]), **options)
     if request.psi_rank is not None and request.psi_rank > plan.probe.size:
         raise ValueError(f"psi_rank={request.psi_rank}. Expected at most {plan.probe.size}, the numbers of one sample.")
-    return DatasetPlan(plan, len(units), plan.steps * sum(len(u) for u in units))
+    labels = plan.steps * sum(len(u) for u in units)
+    return DatasetPlan(plan, len(units), labels, request.delta_evaluations(plan.probe.size))
 
 
 def generate_dataset(
@@ -157,7 +160,7 @@ def generate_dataset(
         raise ValueError(f"{folder} holds labels of another request or model. Expected an empty folder, or the same again.")
     mine = list(enumerate(request.units))[state.process_index :: state.num_processes]
     for i, pairs in tqdm(mine, desc="labels", unit="unit", disable=not (progress and state.is_main_process)):
-        if not _is_whole(_shard(folder, i)):
+        if not _is_whole(_shard(folder, i), request.fields):
             tensors, seconds = label_unit(pipe, request, pairs, Probe(plan.unit.probe))
             said = {"seconds": f"{seconds:.6g}", "process": str(state.process_index)}
             write_together(folder, {_shard(folder, i).name: save(tensors, said)})
@@ -180,12 +183,12 @@ def _shard(folder: Path, i: int) -> Path:
     return folder / f"shard-{i:05d}.safetensors"
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path, fields: tuple[str, ...]) -> bool:
     if not path.exists():
         return False
     try:
         with safe_open(path, "pt") as shard:
-            return set(FIELDS) <= set(shard.keys())
+            return set(fields) <= set(shard.keys())
     except SafetensorError as error:
         raise ValueError(
             f"{path} cannot be read ({error}). Expected a whole shard; delete the file to label its unit again."

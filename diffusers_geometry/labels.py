@@ -1,12 +1,18 @@
-"""Labels of what a pipeline visits: for a batch of (conditioning, seed) pairs, x_t at chosen steps with the psi and nu there.
+"""Labels of what a pipeline visits: for a batch of (conditioning, seed) pairs, x_t at chosen steps with psi, nu and delta there.
 
 psi is a sum of logarithms: over all singular values it is ruled by the many small ones, and those next to zero scatter most, by
 what the network never learnt and by rounding. Its label is therefore psi at a fixed rank, the same for every sample, so that labels
-compare (psi(cA) = psi(A) + R log c holds at equal R only).
+compare (psi(cA) = psi(A) + R log c holds at equal R only). nu is that of the values in hand: all of a dense spectrum, else the R
+largest.
+
+delta counts the knots of the denoising network in a neighbourhood whose radius is a share of the noise, so that one network has one
+delta behind every scheduler. Its directions are drawn, several times, which gives each label a standard error; psi and nu have
+none, where a spectrum is exact, and psi has the bias of an iterative one.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,18 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batch_complexity import batch_complexity
 from .budget import NUM_SINGULAR_VALUES, SpectrumMethod
 from .capture import Recording, record
+from .complexity import LEAST_DRAWS, local_complexity
 from .denoiser import Denoiser, Map
 from .descriptors import local_rank, local_scaling
+from .estimate import Estimate
 from .jacobian import Jacobian
 from .precision import to_float32
 from .probe import Probe, probe_generator
 from .recorded_step import Branch, RecordedStep
 from .spectrum import Spectrum, matrix_spectrum
+from .stochastic import mean_estimate
 
-FIELDS = ("x_t", "position", "alpha_t", "sigma_t", "conditioning", "seed", "psi", "psi_sem", "psi_bias", "nu")
+FIELDS = ("x_t", "position", "alpha_t", "sigma_t", "conditioning", "seed", "psi", "psi_sem", "psi_bias", "nu", "nu_sem")
+DELTA_FIELDS = ("delta", "delta_sem")
 BATCHED_ROWS = 2**14  # rows of the Jacobians of a step that are in memory together
+BATCH_AGREEMENT = 1e-3  # of the knots met: units that rounding moves across their knots
 _METHODS = ("auto", "dense", "golub_kahan", "randomized")  # whose psi at a fixed rank has a known error
 
 
@@ -40,6 +52,9 @@ class DatasetRequest:
         record_steps: Loop positions to label: a number of them, or which.
         psi_rank: Singular values that psi sums; None counts those above ``relative_threshold`` of the largest instead.
         spectrum: Method, as in ``analyze_geometry``; with ``max_products`` per label.
+        delta_radius: Neighbourhood of delta, in units of the noise sigma_t per coordinate; None leaves delta out.
+        delta_directions: k of delta, or as many as a sample has numbers.
+        delta_draws: Draws of the directions, at least 4 for a standard error; a label takes 2 k evaluations of the network a draw.
         batch_size: Runs in one unit, made in one call of the pipeline.
         held_out: Share of the seeds that is kept from training.
         call: Other arguments of the pipeline's call.
@@ -55,6 +70,9 @@ class DatasetRequest:
     max_products: int | None = None
     of: Map = "denoised"
     branch: Branch = "guided"
+    delta_radius: float | None = 0.1
+    delta_directions: int = 4
+    delta_draws: int = LEAST_DRAWS
     batch_size: int = 16
     held_out: float = 0.1
     call: dict[str, Any] = field(default_factory=dict)
@@ -74,9 +92,27 @@ class DatasetRequest:
             )
         if not 0 < self.held_out < 1 or self.batch_size < 1:
             raise ValueError(f"held_out={self.held_out}, batch_size={self.batch_size}. Expected 0 < held_out < 1, batch_size >= 1.")
+        if self.delta_radius is not None and not 0 < self.delta_radius < math.inf:
+            raise ValueError(f"delta_radius={self.delta_radius}. Expected a finite radius > 0, or None to leave delta out.")
+        if self.delta_directions < 1 or self.delta_draws < LEAST_DRAWS:
+            raise ValueError(
+                f"delta_directions={self.delta_directions}, delta_draws={self.delta_draws}. Expected at least 1, and at least "
+                f"{LEAST_DRAWS} draws for a standard error."
+            )
         taken = sorted({"generator", "prompt", "class_labels", "batch_size"} & set(self.call))
         if taken:
             raise ValueError(f"call has {taken}. Expected prompts=, class_labels=, seeds= and batch_size= of the request instead.")
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the tensors of a shard."""
+        return FIELDS if self.delta_radius is None else (*FIELDS, *DELTA_FIELDS)
+
+    def delta_evaluations(self, size: int) -> int:
+        """Evaluations of the network for the delta of one sample of so many numbers."""
+        if self.delta_radius is None:
+            return 0
+        return 2 * self.delta_directions * self.delta_draws if self.delta_directions < size else 2 * size
 
     @property
     def conditionings(self) -> tuple[Any, ...]:
@@ -110,7 +146,7 @@ def label_unit(pipe: Any, request: DatasetRequest, pairs: list, probe: Probe) ->
     start = time.perf_counter()
     rows = list(_rows(recording, request, pairs, probe))
     seconds = time.perf_counter() - start
-    tensors = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in FIELDS}
+    tensors = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in request.fields}
     return tensors, seconds
 
 
@@ -121,11 +157,14 @@ def _rows(recording: Recording, request: DatasetRequest, pairs: list, probe: Pro
             raise ValueError(f"{len(step.sample)} samples for {len(pairs)} runs. Expected one per run, num_images_per_prompt=1.")
         denoiser = step.branch(request.branch)
         spectra = _batch_spectra(denoiser, step, request, probe) if probe.plan.method == "dense" else None
+        deltas = _deltas(denoiser, step, request, pairs)
         for i, (conditioning, seed) in enumerate(pairs):
             x_t, generator = to_float32(step.sample[i]), probe_generator(step.index, conditioning, seed)
             spectrum = spectra[i] if spectra else probe(denoiser.select(i), x_t, x_t, generator).spectrum
             psi = local_scaling(spectrum, request.relative_threshold, request.psi_rank)
-            values = {"psi": psi.value, "psi_sem": psi.sem, "psi_bias": psi.bias, "nu": local_rank(spectrum).value}
+            nu = local_rank(spectrum)
+            values = {"psi": psi.value, "psi_sem": psi.sem, "psi_bias": psi.bias, "nu": nu.value, "nu_sem": nu.sem}
+            values |= {"delta": deltas[i].value, "delta_sem": deltas[i].sem} if deltas else {}
             level = {"alpha_t": step.alpha_t, "sigma_t": step.sigma_t}
             labels = {name: torch.tensor(value, dtype=torch.float64) for name, value in (values | level).items()}
             yield labels | {"x_t": x_t.cpu(), "position": step.index, "conditioning": conditioning, "seed": seed}
@@ -148,3 +187,33 @@ def _batch_spectra(denoiser: Denoiser, step: RecordedStep, request: DatasetReque
     if not (matrices[0] - alone.dense()).norm() <= 1e-4 * matrices[0].norm():
         return None
     return [matrix_spectrum(m, method="dense", products=size, bound=alone.rounding) for m in matrices]
+
+
+def _deltas(denoiser: Denoiser, step: RecordedStep, request: DatasetRequest, pairs: list) -> list[Estimate] | None:
+    """delta of every sample of a step, None where it is not asked for.
+
+    The samples are taken together where that gives the first one the knots that it has alone, draw by draw.
+    """
+    if request.delta_radius is None:
+        return None
+    x_t, radius = to_float32(step.sample), request.delta_radius * step.sigma_t
+    options = {"num_directions": min(request.delta_directions, x_t[0].numel()), "num_draws": request.delta_draws}
+
+    def drawn(i: int) -> torch.Generator:
+        return probe_generator(step.index, *pairs[i], 1)  # psi's probes have the place without the 1
+
+    def alone(i: int) -> Tensor:
+        try:
+            fn = denoiser.select(i).canonical_map("denoised")
+            return local_complexity(fn, x_t[i : i + 1], radius, generator=drawn(i), **options).counts[:, 0, 0].sum(dim=-1)
+        except RuntimeError as error:
+            raise RuntimeError(f"delta of the labels: {error} Or leave delta out: delta_radius=None.") from error
+
+    first, together = alone(0), None
+    if len(x_t) > 1 and step.engine == "replay":
+        generators = [drawn(i) for i in range(len(x_t))]
+        together = batch_complexity(denoiser.canonical_map("denoised"), x_t, radius, generators=generators, **options)
+    if together is None or ((together[:, 0] - first).abs() > 1 + BATCH_AGREEMENT * first).any():
+        together = torch.stack([first, *(alone(i) for i in range(1, len(x_t)))], dim=1)
+    products = request.delta_evaluations(x_t[0].numel())
+    return [mean_estimate(own, products) if len(own) > 1 else Estimate(own.item(), products=products) for own in together.T]

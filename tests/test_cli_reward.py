@@ -1,6 +1,7 @@
 """``train-reward`` and ``generate`` from the command line."""
 
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -36,6 +37,16 @@ def test_labels_a_reward_and_a_guided_image(folders, capsys):
     assert "trunk: a copy of the model's encoder" in card
     assert "psi over the 4 largest singular values" in card
     assert GeometryReward.from_pretrained(out).config.psi_rank == 4
+    shards = {path.name: path.stat().st_mtime_ns for path in (out / "labels").iterdir()}
+    for descriptor in ("nu", "delta"):  # on the labels that are there
+        other = folders / descriptor
+        shutil.copytree(out / "labels", other / "labels", copy_function=shutil.copy2)
+        assert run("train-reward", model, *TRAIN, "--output", str(other), "--descriptor", descriptor) == 0
+        assert {path.name: path.stat().st_mtime_ns for path in (other / "labels").iterdir()} == shards
+        assert GeometryReward.from_pretrained(other).config.descriptor == descriptor
+        assert f"# Reward: {descriptor} of the denoiser's Jacobian" in (other / "README.md").read_text()
+    assert "knots within 0.1 of the noise per coordinate, 4 directions, mean of 4 draws" in (other / "README.md").read_text()
+    capsys.readouterr()
 
     common = (model, "--steps", "5", "--seed", "3", "--json")
     plain, guided = folders / "plain", folders / "guided"
@@ -65,6 +76,8 @@ def test_labels_a_reward_and_a_guided_image(folders, capsys):
         (("train-reward", "{model}", "--prompts", "{folder}/none.txt"), "cannot read --prompts .*none.txt"),
         (("train-reward", "{model}", "--prompts", "{folder}/empty.txt"), "holds no prompt. Expected one a line"),
         (("train-reward", "{model}", "--record-steps", "soon"), "--record-steps 'soon' is not a choice of steps"),
+        (("train-reward", "{model}", "--descriptor", "phi"), r"--descriptor 'phi'. Expected one of \('psi', 'nu', 'delta'\)"),
+        (("train-reward", "{model}", "--descriptor", "delta", "--no-delta"), "--descriptor 'delta' --no-delta. Expected one of"),
         (("train-reward", "{model}", "--trunk", "oak"), "--trunk 'oak' is not known. Expected auto, network or small"),
         (
             ("train-reward", "{model}", "--max-seconds", "1e-9", "--steps", "4", "--seeds", "2"),
