@@ -6,7 +6,7 @@ units of the bulk: (value - median) / (1.4826 MAD) over all prompts (over the kn
     labels      a logistic regression with a ridge penalty; the prompts' own scores come from folds that have not seen them, the
                 weights told are those fitted on all; the threshold is exceeded by at most 1 % of the known negatives
     no labels   the mean of the scores, each softened beyond SOFT units so that no single one decides, in units of the bulk again;
-                a prompt is flagged beyond OUTLYING. This finds prompts unlike the others: where half of them recite, there is no bulk
+                a prompt is flagged beyond OUTLYING. This finds prompts unlike the others: where half recite, there is no bulk
 
 An interval of ranks comes from resampling seeds within every prompt.
 """
@@ -132,7 +132,7 @@ def rank_prompts(
     is_fitted = min(positive.sum(), negative.sum()) >= LEAST_LABELLED
     model = (_Fitted if is_fitted else _Unlabelled)(turned, positive, negative, rng)
     drawn = np.array([model.combined(_resampled(turned, rng)) for _ in range(draws)]) if _max_seeds(turned) > 1 else None
-    quality = {name: _quality(_means(v), positive, negative, seed) for name, v in turned.items()} if is_fitted else {}
+    quality = {name: _quality(_means(v), positive, negative, seed, draws) for name, v in turned.items()} if is_fitted else {}
     ranks = iter(_ranks(model, drawn))
     return Ranking(
         tuple(next(ranks) if kept else None for kept in present),
@@ -141,7 +141,7 @@ def rank_prompts(
         model.threshold,
         model.certainty(drawn),
         quality,
-        _quality(model.values, positive, negative, seed) if is_fitted else None,
+        _quality(model.values, positive, negative, seed, draws) if is_fitted else None,
         {name: _spearman(_means(v), model.values) for name, v in turned.items()},
     )
 
@@ -170,9 +170,9 @@ class _Unlabelled:
         flagged, count = int((self.values > OUTLYING).sum()), len(self.values)
         false = count * norm.sf(OUTLYING)
         text = (
-            f"No labels: {flagged} of {count} prompts lie more than {OUTLYING:g} robust standard deviations above the bulk of this "
-            f"audit, where a normal bulk would put {false:.1g}. They are unlike the other prompts, which is no proof of recitation; "
-            "and where a large share of the prompts recites, the bulk does too and none stands out."
+            f"No labels: {flagged} of {count} prompts lie more than {OUTLYING:g} robust standard deviations above the bulk of "
+            f"this audit, where a normal bulk would put {false:.1g}. They are unlike the other prompts, which is no proof of "
+            "recitation; and where a large share of the prompts recites, the bulk does too and none stands out."
         )
         return text + _stability(self.values > OUTLYING, drawn, OUTLYING)
 
@@ -304,10 +304,11 @@ def _folds(positive: np.ndarray, negative: np.ndarray, rng: np.random.Generator)
     return [dealt == fold for fold in range(FOLDS)]
 
 
-def _quality(values: np.ndarray, positive: np.ndarray, negative: np.ndarray, seed: int) -> Quality:
+def _quality(values: np.ndarray, positive: np.ndarray, negative: np.ndarray, seed: int, draws: int) -> Quality:
     pair = values[positive], values[negative]
     rates = roc(*pair)
-    return Quality(bootstrap(auroc, *pair, seed=seed), bootstrap(tpr_at_fpr, *pair, seed=seed), *(r.tolist() for r in rates))
+    intervals = (bootstrap(statistic, *pair, seed=seed, draws=draws) for statistic in (auroc, tpr_at_fpr))
+    return Quality(*intervals, *(r.tolist() for r in rates))
 
 
 def _spearman(first: np.ndarray, second: np.ndarray) -> float:
