@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import diffusers
@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .budget import SpectrumMethod, plan_probe
-from .capture import Recording, record
-from .denoiser import UNITS, Map
+from .capture import Recording, record, resolve_steps
+from .denoiser import CONTINUED, UNITS, Map
 from .jacobian import Derivative
 from .plan import GeometryPlan, choose_within_limits, plan_recording
 from .precision import to_float32
@@ -55,6 +55,7 @@ def analyze_geometry(
     probe_chunk_size: int = 32,
     probe_seed: int = 0,
     progress: bool = True,
+    watch: Callable[[GeometryTrace], None] | None = None,
     **kwargs: Any,
 ) -> GeometryTrace:
     """Runs ``pipe(*args, **kwargs)`` and takes the Jacobian of its denoiser at the points it visits.
@@ -92,6 +93,8 @@ def analyze_geometry(
         probe_chunk_size: Products taken at once.
         probe_seed: Seed of every random probe.
         progress: Show a bar over the recorded steps.
+        watch: Called after every recorded step with the trace so far, while the pipeline generates; the numbers are the same.
+            What it raises ends the run. Refused where a step's numbers need the final sample.
         **kwargs: Arguments of the pipeline's call.
 
     Returns:
@@ -104,27 +107,71 @@ def analyze_geometry(
     """
     settings = checked_settings(locals())
     request = probe_request(settings)
+    if watch is not None and (flipd or of in CONTINUED or spectrum == "perturbation"):
+        raise ValueError(
+            f"watch with spectrum={spectrum!r}, of={of!r}, flipd={flipd}. Expected numbers that need no final sample: another "
+            "spectrum than 'perturbation', a map of the denoiser, no flipd."
+        )
     with record(pipe, settings["record_steps"], engine=probe_engine, derivative=derivative) as recording:
         recording.before_first = functools.partial(_refuse_early, request, settings)
+        probing = _Probing(recording, settings, request)
+        if watch is not None:
+            recording.after_kept = lambda step: watch(probing.add(step).trace())
         output = pipe(*args, **kwargs)
     recording.check_complete()
-    with torch.inference_mode(False):  # whatever mode the pipeline was called in
-        steps, plan = _probed(recording, settings, request, progress)
-    return GeometryTrace(tuple(steps), settings | {"plan": plan.as_dict(), "units": UNITS[of]} | _provenance(pipe), made_by(output))
+    if watch is None:
+        with torch.inference_mode(False):  # whatever mode the pipeline was called in
+            for step in tqdm(recording, desc="geometry", unit="step", disable=not progress):
+                probing.add(step)
+    return probing.trace(made_by(output))
 
 
-def _probed(
-    recording: Recording, settings: dict[str, Any], request: dict[str, Any], progress: bool
-) -> tuple[list[StepGeometry], ProbePlan]:
-    """The geometry of every recorded step, and the plan by which it was taken."""
-    sizes = {len(step.sample) for step in recording}
-    if len(sizes) != 1:
-        raise ValueError(f"the recorded steps carry {sorted(sizes)} samples. Expected one batch size throughout the run.")
-    plan, _ = choose_within_limits(recording[0], len(recording) * sizes.pop(), settings, request)
-    probe, steps = Probe(plan), []
-    for step in tqdm(recording, desc="geometry", unit="step", disable=not progress):
-        steps.append(_step_geometry(step, _probe_batch(probe, step, recording.final_sample, settings), settings))
-    return steps, plan
+class _Probing:
+    """Takes the geometry of one recorded step after another, by one plan that is made at the first."""
+
+    def __init__(self, recording: Recording, settings: dict[str, Any], request: dict[str, Any]) -> None:
+        self.recording, self.settings, self.request = recording, settings, request
+        self.steps: list[StepGeometry] = []
+
+    @functools.cached_property
+    def probe(self) -> Probe:
+        places = len(resolve_steps(self.settings["record_steps"], self.recording.total_steps)) * len(self.recording[0].sample)
+        return Probe(choose_within_limits(self.recording[0], places, self.settings, self.request)[0])
+
+    def add(self, step: RecordedStep) -> _Probing:
+        """Measures a step; returns itself."""
+        sizes = {len(step.sample) for step in self.recording}
+        if len(sizes) != 1:
+            raise ValueError(f"the recorded steps carry {sorted(sizes)} samples. Expected one batch size throughout the run.")
+        found = _probe_batch(self.probe, step, self.recording.final_sample, self.settings)
+        self.steps.append(_step_geometry(step, found, self.settings))
+        return self
+
+    def trace(self, images: Any = None) -> GeometryTrace:
+        """What was measured so far."""
+        settings = self.settings | {"plan": self.probe.plan.as_dict(), "units": UNITS[self.settings["of"]]}
+        return GeometryTrace(tuple(self.steps), settings | _provenance(self.recording.pipe), images)
+
+
+def analyze_recording(recording: Recording, settings: dict[str, Any], plan: ProbePlan | None = None) -> GeometryTrace:
+    """The geometry of every recorded step of a call that was made: what :func:`analyze_geometry` does after the call.
+
+    Args:
+        recording: Of a call that came to its end.
+        settings: The checked arguments of the analysis, as :func:`~.settings.checked_settings` gives them.
+        plan: By which the probes are taken; made at the first step if None.
+
+    Raises:
+        RuntimeError: the run did not reach the steps it was to record.
+    """
+    recording.check_complete()
+    probing = _Probing(recording, settings, probe_request(settings))
+    if plan is not None:
+        probing.probe = Probe(plan)
+    with torch.inference_mode(False):
+        for step in recording:
+            probing.add(step)
+    return probing.trace()
 
 
 def plan_geometry(pipe: Any, /, *args: Any, **kwargs: Any) -> GeometryPlan:
@@ -157,7 +204,7 @@ def _refuse_early(request: dict[str, Any], settings: dict[str, Any], sample: Ten
         raise ValueError(f"psi_rank={settings['psi_rank']}. Expected at most {in_hand}, the singular values in hand.")
 
 
-def _probe_batch(probe: Probe, step: RecordedStep, final: Tensor, settings: dict[str, Any]) -> list[PointGeometry]:
+def _probe_batch(probe: Probe, step: RecordedStep, final: Tensor | None, settings: dict[str, Any]) -> list[PointGeometry]:
     """The geometry of every sample at one step."""
     denoiser = step.branch(settings["branch"])
     conditional = step.branch("conditional") if probe.plan.flipd_products else None
@@ -167,7 +214,7 @@ def _probe_batch(probe: Probe, step: RecordedStep, final: Tensor, settings: dict
             probe(
                 denoiser.select(sample),
                 to_float32(step.sample[sample]),
-                to_float32(final[sample]),
+                None if final is None else to_float32(final[sample]),  # not known while the run goes on
                 probe_generator(settings["probe_seed"], step.index, sample),
                 conditional.select(sample) if conditional else None,
             )

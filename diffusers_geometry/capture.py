@@ -43,6 +43,7 @@ class Recording(Sequence[RecordedStep]):
         final_sample: The last step's result, before any decoding, (B, *dims); None before the call.
         total_steps: Number of loop positions of the run.
         before_first: Called with the sample before the first step; may raise to refuse the run.
+        after_kept: Called with every recorded step while the run waits there; its denoiser can be evaluated already.
         stop_after_recording: Ends the call by :class:`RecordedEnough` when this many steps are recorded; None lets it finish.
     """
 
@@ -50,12 +51,13 @@ class Recording(Sequence[RecordedStep]):
         self.pipe, self._steps, self._engine, self._derivative = pipe, steps, engine, derivative
         self.stop_after_recording: int | None = None
         self.before_first: Callable[[Tensor], None] | None = None
+        self.after_kept: Callable[[RecordedStep], None] | None = None
         self._recorded: list[RecordedStep] = []
         self._wanted: frozenset[int] = frozenset()
         self._first = self._count = 0
         self._calls: list[NetworkCall] = []
         self._call: PipelineCall | None = None
-        self._used = False
+        self._used = self._waiting = False
         self._restore = ExitStack()
         self._weights = ProbeWeights(m for m in _networks(pipe).values() if not type(m).__module__.startswith("transformers."))
         self.final_sample: Tensor | None = None
@@ -147,7 +149,7 @@ class Recording(Sequence[RecordedStep]):
         return step
 
     def _before_network(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if self._call is not None and (not self._wanted or self._count + self._first in self._wanted):
+        if self._call is not None and not self._waiting and (not self._wanted or self._count + self._first in self._wanted):
             self._calls.append(NetworkCall(module, args, dict(kwargs)))
 
     def _after_network(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -171,8 +173,19 @@ class Recording(Sequence[RecordedStep]):
                 self.before_first(sample)
         if position in self._wanted:
             self._keep(position, model_output, timestep, sample)
-        self._count += 1
         self._calls = []
+        if position in self._wanted and self.after_kept is not None:
+            self._wait(self._recorded[-1])
+        self._count += 1
+
+    def _wait(self, step: RecordedStep) -> None:
+        """Lets :attr:`after_kept` evaluate the step; the calls of networks that this takes are not recorded."""
+        self._waiting = True
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                self.after_kept(step)
+        finally:
+            self._waiting = False
 
     def _keep(self, position: int, model_output: Tensor, timestep: Any, sample: Tensor) -> None:
         model_output = require_finite(own_output(model_output, sample), f"the network's output at step {position}")

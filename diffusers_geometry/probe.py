@@ -134,14 +134,14 @@ class Probe:
         self.plan, self.chunk_size = plan, plan.chunk_size
 
     def __call__(
-        self, denoiser: Denoiser, x_t: Tensor, x_0: Tensor, generator: torch.Generator, conditional: Denoiser | None = None
+        self, denoiser: Denoiser, x_t: Tensor, x_0: Tensor | None, generator: torch.Generator, conditional: Denoiser | None = None
     ) -> PointGeometry:
         """The geometry at ``x_t``.
 
         Args:
             denoiser: Of one sample.
             x_t: The recorded sample, (*dims), at least float32.
-            x_0: The run's final sample: the centre of Algorithm 1 and the point of FLIPD.
+            x_0: The run's final sample: the centre of Algorithm 1 and the point of FLIPD; None where neither is planned.
             generator: All random probes.
             conditional: The denoiser of FLIPD, needed when it is planned.
         """

@@ -32,7 +32,7 @@ def probe_request(settings: dict[str, Any]) -> dict[str, Any]:
 
 def checked_settings(arguments: dict[str, Any]) -> dict[str, Any]:
     """The analysis's own arguments as plain Python values, refused here when they are out of range."""
-    settings = {k: v for k, v in arguments.items() if k not in ("pipe", "args", "kwargs", "progress")}
+    settings = {k: v for k, v in arguments.items() if k not in ("pipe", "args", "kwargs", "progress", "watch")}
     settings["record_steps"] = _steps(settings["record_steps"])
     choices = {"spectrum": METHODS, "of": MAPS, "branch": get_args(Branch), "derivative": get_args(Derivative),
                "probe_engine": get_args(Engine)}  # fmt: skip
