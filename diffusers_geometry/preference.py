@@ -135,8 +135,8 @@ def _pictures(images: Any) -> list:
     if isinstance(images, np.ndarray):
         if images.ndim != 4 or images.shape[-1] not in (1, 3) or not (images.min() >= 0 and images.max() <= 1):
             raise ValueError(
-                f"images have shape {images.shape} and values from {images.min():.3g} to {images.max():.3g}. Expected (B, H, W, C), "
-                "or a tensor (B, C, H, W), one or three channels, in [0, 1]."
+                f"images have shape {images.shape} and values from {images.min():.3g} to {images.max():.3g}. Expected (B, H, W, C) "
+                "or a tensor (B, C, H, W), with one or three channels, in [0, 1]."
             )
         pixels = (255 * images).round().astype(np.uint8)
         images = [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
