@@ -172,7 +172,7 @@ class GuidedRun:
         # A pipeline that puts [x, x] through its scheduler (DiT) needs one shift for both halves; other equal rows get it anyway.
         doubled = len(sample) % 2 == 0 and all(torch.equal(*v.chunk(2)) for v in (sample, own))
         x_t, output = (to_float32(v.detach()[: len(v) // (1 + doubled)]) for v in (sample, own))
-        step = GuidedStep(x_t, level.a * x_t + level.b * output, level, self._denoisers(x_t, output, level, calls))
+        step = GuidedStep(x_t, level.a * x_t + level.b * output, level, *self._denoisers(x_t, output, level, calls))
         previous, self._previous = self._previous, step.denoised
         if scale == 0:
             return model_output
@@ -181,8 +181,8 @@ class GuidedRun:
         progress = self._progress(self._position)
         self.log.append(GuidedStepLog(self._position, progress, level.sigma, scale, found.value.cpu(), *lengths))
         change = (torch.cat([shift, shift]) if doubled else shift) / level.b
-        shifted = model_output.clone()
-        own_output(shifted, sample).add_(change.to(shifted.dtype))
+        shifted, moved = model_output.clone(), change.flatten(1).any(dim=1)  # what is not moved keeps every bit
+        own_output(shifted, sample)[moved] += change[moved].to(shifted.dtype)
         return shifted
 
     def _progress(self, position: int) -> float:
@@ -203,23 +203,27 @@ class GuidedRun:
 
     def _denoisers(
         self, x_t: Tensor, output: Tensor, level: NoiseLevel, calls: list[NetworkCall]
-    ) -> Callable[[int], Denoiser] | None:
-        """Per sample the model's denoiser at this step, for an objective that differentiates it."""
+    ) -> tuple[Callable[[int], Denoiser], Callable[[str], Denoiser]] | tuple[()]:
+        """Of one sample, and of one branch for all, the model's denoiser here; for an objective that differentiates it."""
         if not self.guidance.objective.needs_network:
-            return None
+            return ()
         weights = ProbeWeights({id(c.module): c.module for c in calls}.values())
         replay = Replay(x_t, output, [c for c in calls if may_hold(c, x_t)])
+        options = {"alpha_t": level.alpha_t, "sigma_t": level.sigma_t, "cancellation": level.alpha_t * abs(level.a)}
 
-        def denoised(points: Tensor, index: int) -> Tensor:
+        def denoised(points: Tensor, share: Tensor, index: int | None) -> Tensor:
+            stack = points[None] if index is None else points[:, None]
             with weights.scope():
-                found = replay(points[:, None], replay.weights, index)[:, 0]
-            return level.a * points + level.b * found
+                found = replay(stack, share, index)
+            return level.a * points + level.b * found.reshape(points.shape)
 
         def of_sample(index: int) -> Denoiser:
-            options = {"alpha_t": level.alpha_t, "sigma_t": level.sigma_t, "cancellation": level.alpha_t * abs(level.a)}
-            return Denoiser(functools.partial(denoised, index=index), **options)
+            return Denoiser(functools.partial(denoised, share=replay.weights, index=index), **options)
 
-        return of_sample
+        def of_branch(name: str) -> Denoiser:
+            return Denoiser(functools.partial(denoised, share=replay.branch_weights(name), index=None), **options)
+
+        return of_sample, of_branch
 
     def watch(self, undo: ExitStack) -> None:
         """Notes the network calls of every step, where the objective needs them."""

@@ -36,12 +36,14 @@ class GuidedStep:
         denoised: The model's clean estimate there, (B, *dims).
         level: The noise level.
         denoiser: Maps a sample's index to its denoiser; only for objectives with ``needs_network``.
+        branch: Maps "conditional" or "unconditional" to that branch's denoiser of the whole batch; only for these too.
     """
 
     x_t: Tensor
     denoised: Tensor
     level: NoiseLevel
     denoiser: Callable[[int], Denoiser] | None = None
+    branch: Callable[[str], Denoiser] | None = None
 
 
 @dataclass(frozen=True)
