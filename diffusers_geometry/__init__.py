@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "Audit": "audit",
     "Denoiser": "denoiser",
     "Estimate": "estimate",
     "GeometryDDIMPipeline": "mixin",
@@ -32,6 +33,7 @@ _HOME = {
     "Spectrum": "spectrum",
     "TransitionReport": "transition_report",
     "VectorNetwork": "vector",
+    "audit_model": "audit",
     "best_of": "best_of",
     "dense_spectrum": "spectrum",
     "estimate_trace": "stochastic",
@@ -45,6 +47,8 @@ _HOME = {
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
+    from .audit import Audit as Audit
+    from .audit import audit_model as audit_model
     from .best_of import best_of as best_of
     from .capture import record as record
     from .dataset import GeometryDataset as GeometryDataset
