@@ -191,17 +191,18 @@ class _Hub:
         needed = sum(size for file, size in sizes.items() if not is_cached(file))
         if max_bytes is not None and needed > max_bytes:
             raise HubError(
-                f"{self.repo_id} would download {_gib(needed)}, and max_bytes={max_bytes} allows {_gib(max_bytes)}. "
+                f"{self.repo_id} would download {_readable(needed)}, and max_bytes={max_bytes} allows {_readable(max_bytes)}. "
                 "Expected a larger limit or a smaller model."
             )
         place = self.cache_dir or Path(constants.HF_HUB_CACHE)
         free = shutil.disk_usage(next(p for p in [place.absolute(), *place.absolute().parents] if p.exists())).free
         if needed > free:
             raise HubError(
-                f"{self.repo_id} would download {_gib(needed)}, and {place} has {_gib(free)} free. Expected more space there, or "
-                "HF_HOME on another disk."
+                f"{self.repo_id} would download {_readable(needed)}, and {place} has {_readable(free)} free. Expected more space "
+                "there, or HF_HOME on another disk."
             )
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB" if size >= 2**20 else f"{size / 2**10:.3g} KiB"
+def _readable(size: int) -> str:
+    power = min(max(size.bit_length() - 1, 0) // 10, 4)
+    return f"{size / 2 ** (10 * power):.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

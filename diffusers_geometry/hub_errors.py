@@ -23,7 +23,8 @@ _SHORTEST = 6  # a shorter "token" would blot out words
 _FORMS = [
     (re.compile(r"\bhf_(?:[A-Za-z0-9]{20,}|(?:oauth|jwt)_[\w.\-]{8,})"), BLOT),
     (re.compile(r"\bapi_org_[A-Za-z0-9]{8,}"), BLOT),
-    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.\-+/=]{6,}"), rf"\1 {BLOT}"),
+    (re.compile(r"(?i)\b(bearer\s+)[\w.\-+/=]{12,}"), rf"\1{BLOT}"),
+    (re.compile(r"(?i)\b(authorization\W{1,4}(?:basic\s+)?)[\w.\-+/=]{8,}"), rf"\1{BLOT}"),
     (re.compile(r"(\w://)[^\s/@:]+:[^\s/@]+@"), rf"\1{BLOT}@"),  # a password in an address
     (re.compile(r"(?i)([?&](?:token|sig|signature|x-amz-(?:signature|credential|security-token))=)[^&\s'\"]+"), rf"\1{BLOT}"),
 ]
@@ -33,7 +34,9 @@ class HubError(ValueError):
     """What the Hub, or the cached copy of it, does not give; the message is one line and says what to do."""
 
 
-def asked(call: Callable[[], Result], repo_id: str, *, revision: str | None = None, token: Any = None) -> Result:
+def asked(
+    call: Callable[[], Result], repo_id: str, *, revision: str | None = None, token: Any = None, writes: bool = False
+) -> Result:
     """Runs what talks to the Hub; its refusals become one :class:`HubError` without the request (which holds the token) behind it.
 
     Args:
@@ -41,6 +44,7 @@ def asked(call: Callable[[], Result], repo_id: str, *, revision: str | None = No
         repo_id: What is asked for, for the message.
         revision: Likewise.
         token: The one that is used, so that it can be blotted out.
+        writes: Whether it is to be written to, for the message.
 
     Raises:
         HubError: gated, missing or private, wrong revision, wrong token, rate-limited, not cached, no network, disk full.
@@ -50,7 +54,7 @@ def asked(call: Callable[[], Result], repo_id: str, *, revision: str | None = No
     except HubError as error:
         message = str(error)
     except Exception as error:
-        explained = _explained(error, repo_id, revision)
+        explained = _explained(error, repo_id, revision, writes)
         if explained is None:
             raise
         message = explained
@@ -96,7 +100,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _explained(error: Exception, repo_id: str, revision: str | None) -> str | None:
+def _explained(error: Exception, repo_id: str, revision: str | None, writes: bool) -> str | None:
     """One line for a refusal of the Hub or of its cache; None for anything else."""
     from huggingface_hub import constants, errors
 
@@ -107,6 +111,10 @@ def _explained(error: Exception, repo_id: str, revision: str | None) -> str | No
         return f"{repo_id} is gated: accept its conditions on {page}, then log in with `hf auth login` or give a token."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo_id} has no revision {revision!r}. Expected a branch, a tag or a commit sha of it."
+    if isinstance(error, errors.RepositoryNotFoundError) and writes:
+        return (
+            f"the Hub has no repository {repo_id!r} that may be written to. Expected its id, org/name, and a token with that right."
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"no model {repo_id!r}: it is not a folder, and the Hub has no such repository, or a private one that this token does "
