@@ -11,8 +11,9 @@ import pytest
 
 REPRODUCE = Path(__file__).parent.parent / "examples" / "reproduce"
 HELPERS = (  # what scripts share
-    "arguments.py", "curved.py", "digit_classes.py", "exact_collapse.py", "guidance_bench.py", "labour.py", "runs.py",
-    "sample_quality.py",
+    "arguments.py", "curved.py", "delta_stability.py", "digit_classes.py", "exact_collapse.py", "guidance_bench.py",
+    "image_measures.py", "labour.py", "local_figures.py", "local_probe.py", "local_tables.py", "resampling.py", "runs.py",
+    "sample_quality.py", "separation.py",
 )  # fmt: skip
 SCRIPTS = sorted(path.name for path in REPRODUCE.glob("*.py") if path.name not in HELPERS)
 
