@@ -20,9 +20,8 @@ Result = TypeVar("Result")
 BLOT = "[token]"
 _EXPECTED = "Expected an existing folder or a Hub id such as org/name"
 _SHORTEST = 6  # a shorter "token" would blot out words
-_FORMS = [
-    (re.compile(r"\bhf_(?:[A-Za-z0-9]{20,}|(?:oauth|jwt)_[\w.\-]{8,})"), BLOT),
-    (re.compile(r"\bapi_org_[A-Za-z0-9]{8,}"), BLOT),
+_FORM = re.compile(r"\b(?:hf_(?:[A-Za-z0-9]{20,}|(?:oauth|jwt)_[\w.\-]{8,})|api_org_[A-Za-z0-9]{8,})")
+_PLACES = [  # where something secret stands, whatever its form
     (re.compile(r"(?i)\b(bearer\s+)[\w.\-+/=]{12,}"), rf"\1{BLOT}"),
     (re.compile(r"(?i)\b(authorization\W{1,4}(?:basic\s+)?)[\w.\-+/=]{8,}"), rf"\1{BLOT}"),
     (re.compile(r"(\w://)[^\s/@:]+:[^\s/@]+@"), rf"\1{BLOT}@"),  # a password in an address
@@ -65,9 +64,16 @@ def redacted(text: str, *tokens: Any) -> str:
     """The text without the tokens given, those of this machine, or anything that has the form of one."""
     for token in known_tokens(*tokens):
         text = text.replace(token, BLOT)
-    for form, blot in _FORMS:
-        text = form.sub(blot, text)
+    text = _FORM.sub(BLOT, text)
+    for place, blot in _PLACES:
+        text = place.sub(blot, text)
     return text
+
+
+def holds_token(data: bytes, *tokens: Any) -> bool:
+    """Whether a file's content has a token given, one of this machine, or anything that has the form of one."""
+    known = any(token.encode() in data for token in known_tokens(*tokens))
+    return known or re.search(_FORM.pattern.encode(), data) is not None
 
 
 def known_tokens(*tokens: Any) -> list[str]:
