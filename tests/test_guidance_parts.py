@@ -10,7 +10,8 @@ import torch
 
 sys.path.append(str(Path(__file__).parent.parent / "examples" / "reproduce"))
 
-from guidance_bench import RANK, REFERENCE_T, SMOKE, Bench, random_direction, shift_of, shuffled_within
+from guidance_bench import RANK, REFERENCE_T, SMOKE, Bench
+from guidance_study import random_direction, shift_of, shuffled_within
 from sample_quality import covered, vendi
 
 
