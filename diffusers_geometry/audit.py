@@ -16,17 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .audit_folder import AUDIT, PLAN, AuditFolder, read_json
+from .audit_folder import AUDIT, PLAN, REFERENCE, AuditFolder, read_json
 from .audit_plan import AuditPlan
 from .audit_reference import reference_document
-from .audit_request import AuditRequest, prompt_text
+from .audit_repeat import Repetition, compare_repetition
+from .audit_request import AuditRequest, prompt_text, refuse_own
 from .audit_run import AuditRun, Confirm
 from .audit_source import load_source, versions
 from .audit_summary import SCHEMA
 from .hub_errors import redacted
+from .loading import completed_call
 from .memorization import DEFAULT_SCORES, SCORES
+from .probe import ProbePlan
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def audit_model(
     call: dict[str, Any] | None = None,
     scores: Sequence[str] = DEFAULT_SCORES,
     neighborhood_radius: float | None = None,
+    probe_products: int | None = None,
     threads: int = 1,
     revision: str | None = None,
     dtype: str = "float32",
@@ -128,6 +130,7 @@ def audit_model(
         call: Other arguments of the pipeline, such as ``num_inference_steps`` and ``guidance_scale``.
         scores: Memorisation scores, names in :data:`~.memorization.SCORES`.
         neighborhood_radius: Also take delta, in a neighbourhood of this size, see :func:`~.complexity.local_complexity`.
+        probe_products: Budget of every recorded step, ``max_products`` of :func:`~.analyze.analyze_geometry`.
         threads: With which every unit is computed; another number may change the last bits.
         revision: Branch, tag or commit of a Hub id; the commit it stands for is stored.
         dtype: "float32", "bfloat16" or "float16".
@@ -148,10 +151,11 @@ def audit_model(
     unknown = sorted(set(scores) - set(SCORES))
     if unknown:
         raise ValueError(f"scores has {unknown}. Expected names in {list(SCORES)}.")
+    options |= {} if probe_products is None else {"max_products": probe_products}
     compared = None if reference is None else _reference(Path(reference))
     pipe, identity = load_source(model, revision, dtype, device, token)
     request = AuditRequest.make(
-        prompts, class_labels, seeds, _completed_call(pipe, call), options, scores, labels,
+        prompts, class_labels, seeds, _checked_call(pipe, call, prompts, class_labels), options, scores, labels,
         reference=compared and compared["sha256"], neighborhood_radius=neighborhood_radius, threads=threads,
     )  # fmt: skip
     made = f"audit_model({identity['name']!r}, ...)" if command is None else redacted(command, token)
@@ -163,8 +167,59 @@ def audit_model(
             confirm(plan)
 
     run.prepare(within_limits)
-    document = run.work(retry_failed=retry_failed, progress=progress)
-    return Audit(Path(output_dir), document)
+    return Audit(Path(output_dir), run.work(retry_failed=retry_failed, progress=progress))
+
+
+def repeat_audit(
+    folder: str | Path,
+    output_dir: str | Path,
+    *,
+    model: Any = None,
+    token: str | None = None,
+    retry_failed: bool = False,
+    progress: bool = True,
+    confirm: Confirm | None = None,
+) -> tuple[Audit, Repetition]:
+    """Runs the plan of an audit again with the same weights, and says which numbers came out otherwise.
+
+    Args:
+        folder: Of the finished audit.
+        output_dir: Of the repetition; may be one that was stopped.
+        model: Where the model is now, if not under the name that the audit has.
+        token: For a private or gated model.
+        retry_failed: As in :func:`audit_model`.
+        progress: As in :func:`audit_model`.
+        confirm: As in :func:`audit_model`.
+
+    Raises:
+        ValueError: the model has other weights; it says which.
+        FileNotFoundError: no finished audit in ``folder``.
+    """
+    first, plan = Audit.from_folder(folder), AuditFolder(folder).read_plan()
+    before = plan["model"]
+    source, revision = (before["name"], before["revision"]) if model is None else (model, None)
+    pipe, identity = load_source(source, revision, before["dtype"], before["device"], token)
+    for name in ("weights", "weights_sha256", "scheduler", "pipeline"):
+        if identity[name] != before[name]:
+            changed = (
+                [f for f in {**before[name], **identity[name]} if before[name].get(f) != identity[name].get(f)]
+                if name in ("weights", "scheduler")
+                else [name]
+            )
+            raise ValueError(
+                f"{source} is not the model of {folder}: {name} differs ({', '.join(sorted(changed))}). Expected the same weights: "
+                f"{before['name']}{'@' + before['revision'] if before['revision'] else ''}."
+            )
+    request, other = AuditRequest.from_dict(plan["request"]), AuditFolder(output_dir)
+    reference = read_json(Path(folder) / REFERENCE) if request.reference else None
+    provenance = _provenance("hf-geometry audit --repeat FOLDER --output OTHER", request.threads)
+    run = AuditRun(pipe, other, identity, request, provenance, reference)
+    probe = plan["probe"] and ProbePlan(**plan["probe"])
+    run.prepare(confirm, (AuditPlan(**plan["plan"], probe=probe), request))
+    second = Audit(Path(output_dir), run.work(retry_failed=retry_failed, progress=progress))
+    repetition = compare_repetition(first.document, second.document)
+    other.write_json("repetition.json", repetition.as_dict())
+    return second, repetition
 
 
 def _reference(folder: Path) -> dict[str, Any]:
@@ -172,12 +227,13 @@ def _reference(folder: Path) -> dict[str, Any]:
     return reference_document(audit.document, hashlib.sha256((folder / AUDIT).read_bytes()).hexdigest())
 
 
-def _completed_call(pipe: Any, call: dict[str, Any] | None) -> dict[str, Any]:
-    """The call's arguments; pixel pipelines in bfloat16 give tensors, because NumPy has no bfloat16."""
-    call = dict(call or {})
-    if pipe.dtype == torch.bfloat16 and "output_type" not in call and "output_type" in type(pipe).__call__.__annotations__:
-        call["output_type"] = "pt"
-    return call
+def _checked_call(pipe: Any, call: dict[str, Any] | None, prompts: Any, class_labels: Any) -> dict[str, Any]:
+    """The call's other arguments, seen together with those that every unit adds."""
+    refuse_own(call or {})
+    given = {"generator": None} | ({} if prompts is None else {"prompt": None})
+    given |= {} if class_labels is None else {"class_labels": list(class_labels)}
+    found = completed_call(pipe, dict(call or {}) | given)
+    return {name: value for name, value in found.items() if name not in given}
 
 
 def _provenance(command: str, threads: int) -> dict[str, Any]:

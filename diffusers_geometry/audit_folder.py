@@ -119,11 +119,11 @@ class AuditFolder:
 
     def write_json(self, name: str, document: dict[str, Any]) -> None:
         """Writes a JSON document; NaN and infinity are refused."""
-        self.write(name, (json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
+        self.write(name, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
 
     def write_unit(self, i: int, arrays: dict[str, np.ndarray], unit: dict[str, Any], run: dict[str, Any]) -> None:
         """Writes a finished unit: its arrays, what it found, and what would differ if it were computed again."""
-        said = {"unit": json.dumps(unit, allow_nan=False, ensure_ascii=False), "run": json.dumps(run, allow_nan=False)}
+        said = {"unit": json.dumps(unit, allow_nan=False), "run": json.dumps(run, allow_nan=False)}
         self.write(
             str(self.unit_path(i).relative_to(self.path)), save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, said)
         )

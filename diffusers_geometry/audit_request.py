@@ -147,10 +147,15 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _checked_call(call: dict[str, Any]) -> dict[str, Any]:
+def refuse_own(call: dict[str, Any]) -> None:
+    """Raises ValueError for arguments of the pipeline that every unit sets itself."""
     taken = sorted(set(_OWN) & set(call))
     if taken:
         raise ValueError(f"call has {taken}. Expected prompts=, class_labels= and seeds= instead; a unit is one sample.")
+
+
+def _checked_call(call: dict[str, Any]) -> dict[str, Any]:
+    refuse_own(call)
     try:
         plain = json.loads(json.dumps(call, allow_nan=False))
     except (TypeError, ValueError) as error:

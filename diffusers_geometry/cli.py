@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_audit import register as register_audit
 from .cli_options import AsJson, Call, ClassLabel, Device, Dtype, Model, Prompt, Seed, Steps
 from .cli_reward import register
 from .loading import UsageError, call_arguments, check_writable, load_pipeline, one_line, step_choice
@@ -263,6 +264,7 @@ def _number(value: float | None, layout: str, missing: str = "-") -> str:
 
 
 register(app)
+register_audit(app)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

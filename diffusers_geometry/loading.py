@@ -83,12 +83,17 @@ def call_arguments(
 
     if steps < 1:
         raise UsageError(f"--steps {steps} is not possible. Expected at least 1.")
-    parameters = inspect.signature(type(pipe).__call__).parameters
     arguments: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed), "num_inference_steps": steps}
     if prompt is not None:
         arguments["prompt"] = prompt
     if labels:
         arguments["class_labels"] = labels
+    return completed_call(pipe, arguments | parsed_call(call))
+
+
+def parsed_call(call: list[str]) -> dict[str, Any]:
+    """The arguments of ``--call key=value``; values are JSON where they can be, else text."""
+    arguments = {}
     for item in call:
         key, equals, value = item.partition("=")
         if not equals:
@@ -96,6 +101,18 @@ def call_arguments(
         if key in ("generator", "num_inference_steps"):
             raise UsageError(f"--call {key} is set by --{'seed' if key == 'generator' else 'steps'}. Expected that option.")
         arguments[key] = _literal(value)
+    return arguments
+
+
+def completed_call(pipe: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments checked against the signature of the pipeline's call, and the output type that its precision needs.
+
+    Raises:
+        UsageError: one that the pipeline does not take, or that it needs and is not there; a class it does not have.
+    """
+    import torch
+
+    parameters = inspect.signature(type(pipe).__call__).parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name in arguments:
         if name not in parameters and not open_ended:
@@ -104,9 +121,9 @@ def call_arguments(
     missing = [n for n, p in parameters.items() if p.default is p.empty and n not in ("self", *arguments) and p.kind not in (2, 4)]
     if missing:
         raise UsageError(f"{type(pipe).__name__} needs {', '.join(missing)}. Expected --prompt, --class-label or --call key=value.")
-    _check_labels(pipe, labels or [])
+    _check_labels(pipe, arguments.get("class_labels") or [])
     if pipe.dtype == torch.bfloat16 and "output_type" in parameters and "output_type" not in arguments:
-        arguments["output_type"] = "pt"  # NumPy has no bfloat16, so that pixel pipelines cannot make PIL images of it
+        arguments = arguments | {"output_type": "pt"}  # NumPy has no bfloat16: pixel pipelines cannot make PIL images of it
     return arguments
 
 

@@ -45,6 +45,7 @@ NUMERICAL = [
     "viz",
     "comparison",
     "training_trace",
+    "report",
     "memorization_metrics",
     "memorization_scores",
     "memorization_detector",
@@ -102,11 +103,14 @@ HOST = [
     "audit_reference",
     "audit_ranking",
     "audit_summary",
+    "audit_compare",
+    "audit_repeat",
     "audit_run",
     "audit",
     "cli_options",
     "cli_transitions",
     "cli_reward",
+    "cli_audit",
     "cli",
 ]
 STREET = NUMERICAL + HOST
