@@ -12,6 +12,7 @@ benchmarks; for others an entry is a record that machines can read.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .hub_errors import HubError
@@ -49,7 +50,7 @@ def section(audit: dict[str, Any], report: str) -> str:
         report: Address of its report, relative to the card or whole.
     """
     model, request = audit["model"], audit["request"]
-    of = f"`{_plain(model['name'])}`" + (f" at `{model['revision'][:12]}`" if model["revision"] else "")
+    of = f"`{_plain(model_name(audit))}`" + (f" at `{model['revision'][:12]}`" if model["revision"] else "")
     what = {"prompt": "prompts", "class_labels": "class labels"}.get(request["kind"])
     asked = f"{len(request['prompts'])} {what}, {len(request['seeds'])} seeds each" if what else f"{len(request['seeds'])} seeds"
     done = sum(unit["status"] == "done" for unit in audit["units"])
@@ -71,6 +72,12 @@ Weights: sha256 `{model["weights_sha256"]}`. To repeat:
 """
 
 
+def model_name(audit: dict[str, Any]) -> str:
+    """The model as others know it: its Hub id, or of a folder the last part, since the rest is nobody's concern."""
+    name = audit["model"]["name"]
+    return name if audit["model"]["revision"] else Path(name).name
+
+
 def results(audit: dict[str, Any], dataset: str, revision: str | None, url: str) -> bytes:
     """The audit's numbers as one file of ``.eval_results``.
 
@@ -87,7 +94,7 @@ def results(audit: dict[str, Any], dataset: str, revision: str | None, url: str)
     entries = [
         EvalResultEntry(
             dataset_id=dataset, task_id=number.task, value=number.value, dataset_revision=revision, date=date, source_url=url,
-            source_name="Geometry audit", notes=f"{number.name}, {number.meaning} {number.error}".strip(),
+            source_name="Geometry audit", notes=f"{number.name} {number.error}".strip() + f", {number.meaning}",
         )
         for number in _numbers(audit)
     ]  # fmt: skip
@@ -107,18 +114,19 @@ class _Number:
 
 def _numbers(audit: dict[str, Any]) -> list[_Number]:
     """What is known; the geometry at the last recorded step."""
-    last, noise, dim = audit["geometry"][-1], f"at sigma {audit['steps'][-1]['sigma']:.4g}", audit["manifold_dim"]
+    last, sigma, dim = audit["geometry"][-1], audit["steps"][-1]["sigma"], audit["manifold_dim"]
+    noise = "at sigma inf" if sigma is None else f"at sigma {sigma:.4g}"
     known = [
         ("manifold_dim", "manifold dimension", dim, f"directions; read in {dim['share']:.0%} of the units" if dim else ""),
         ("psi", "local scaling psi", last["psi"], f"nats, {noise}"),
         ("nu", "local rank nu", last["nu"], f"directions, {noise}"),
     ]
     found = [
-        _Number(task, name, estimate["value"], "" if estimate["sem"] is None else f"± {estimate['sem']:.2g}", meaning)
+        _Number(task, name, estimate["value"], _error(estimate), meaning)
         for task, name, estimate, meaning in known
         if estimate is not None and estimate["value"] is not None
     ]
-    if audit["memorization"]:
+    if audit["memorization"] and audit["memorization"]["combined"]["fitted_on"] is not None:
         prompts, combined = audit["prompts"], audit["memorization"]["combined"]
         share, by = (
             sum(bool(prompt["flagged"]) for prompt in prompts) / len(prompts),
@@ -127,13 +135,18 @@ def _numbers(audit: dict[str, Any]) -> list[_Number]:
         found.append(_Number("flagged_prompts", "prompts flagged as memorised", share, "", f"share of {len(prompts)}; {by}"))
         auroc = combined["auroc"]
         if auroc is not None:
-            interval = f"[{auroc['low']:.3f}, {auroc['high']:.3f}]"
+            known_interval = None not in (auroc["low"], auroc["high"])
+            interval = f"[{auroc['low']:.3f}, {auroc['high']:.3f}]" if known_interval else ""
             found.append(_Number("memorization_auroc", "AUROC of that score", auroc["value"], interval, "95 % bootstrap by prompt"))
-    checks = audit["health"]["checks"]
+    checks = [check for check in audit["health"]["checks"] if check["ok"] is not None]  # None: not measured
     failed = [check["name"] for check in checks if not check["ok"]]
     meaning = f"of {len(checks)}" + (f": {', '.join(failed)}" if failed else "")
     found.append(_Number("failed_health_checks", "health checks failed", len(failed), "", meaning))
     return found
+
+
+def _error(estimate: dict[str, Any]) -> str:
+    return "(n = 1)" if estimate["sem"] is None else f"± {estimate['sem']:.2g} (n = {estimate['n']})"
 
 
 def _plain(text: Any) -> str:

@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .hub_card import results, section
+from .hub_card import model_name, results, section
 from .hub_changes import FOLDERS, changes, files_of
 from .hub_errors import HubError, asked, holds_token
 
@@ -126,7 +126,7 @@ def _as_dataset(
         raise HubError(
             f"the dataset {repo_id} holds something else than an audit. Expected a name of its own, or that of an audit."
         )
-    data = DatasetCardData(pretty_name=f"Geometry audit of {audit['model']['name']}", tags=["diffusers-geometry", "model-audit"])
+    data = DatasetCardData(pretty_name=f"Geometry audit of {model_name(audit)}", tags=["diffusers-geometry", "model-audit"])
     contents: dict[str, Any] = {**files, "README.md": (f"---\n{data.to_yaml()}\n---\n\n".encode(), section(audit, "report.md"))}
     operations = changes(api, repo_id, "dataset", info.sha, contents)
     url = f"{api.endpoint}/datasets/{repo_id}"
@@ -172,7 +172,7 @@ def _as_pull_request(
             if left:
                 api.create_commit(repo_id, left, commit_message=TITLE, revision=request.git_reference, parent_commit=newest)
             return request.url
-    description = f"Made by `hf-geometry audit`. {audit['model']['name']} at {audit['model']['revision']}."
+    description = f"Made by `hf-geometry audit`. Audited: {model_name(audit)} at {audit['model']['revision']}."
     done = api.create_commit(
         repo_id, operations, commit_message=TITLE, commit_description=description, create_pr=True, parent_commit=info.sha
     )

@@ -101,7 +101,7 @@ def test_a_dataset_holds_the_audit_and_nothing_else(hub, folder):
     assert commits(hub) == 2  # the Hub's first one, and one for everything
     card = ModelCard(files["README.md"].decode())
     assert card.data.pretty_name == "Geometry audit of org/model"
-    assert "| manifold dimension | 11.5 ± 0.25 | directions; read in 75% of the units |" in card.text
+    assert "| manifold dimension | 11.5 ± 0.25 (n = 3) | directions; read in 75% of the units |" in card.text
     assert "2 prompts, 2 seeds each; 3 of 4 units finished" in " ".join(card.text.split())
 
 
@@ -159,7 +159,7 @@ def test_a_pull_request_is_one_commit_with_the_card_and_results(hub, folder):
     }  # fmt: skip
     dataset = hub.repos["dataset", "owner/audit"]
     assert {(e.dataset_id, e.dataset_revision) for e in entries.values()} == {("owner/audit", dataset.sha("main"))}
-    assert entries["psi"].notes == "local scaling psi, nats, at sigma 0.25 ± 0.5"
+    assert entries["psi"].notes == "local scaling psi ± 0.5 (n = 3), nats, at sigma 0.25"
     assert entries["psi"].date == "2026-11-25T20:00:00+00:00"
     assert entries["psi"].source_url == f"{hub.endpoint}/datasets/owner/audit"
     assert entries["failed_health_checks"].notes == "health checks failed, of 2: asymmetry"
@@ -191,6 +191,25 @@ def test_without_a_dataset_the_files_come_along_and_no_results(hub, folder):
     assert set(files) - set(model.files("main")) == {f"geometry_audit/{name}" for name in PUBLIC}
     assert files["geometry_audit/spectra.safetensors"] == (folder / "spectra.safetensors").read_bytes()
     assert b"[Report](geometry_audit/report.md)" in files["README.md"]
+
+
+def test_what_an_audit_does_not_know_is_not_in_its_card(hub, folder):
+    def unknown(audit):
+        audit["model"] |= {"name": "/home/somebody/private/model", "revision": None}
+        audit["steps"][-1]["sigma"] = None
+        audit["geometry"][-1]["psi"] = estimate(0.5, None, 1)
+        audit["memorization"]["combined"] |= {"fitted_on": None, "auroc": None}
+        audit["health"]["checks"] += [{"name": "certificate", "ok": None}]
+
+    changed(folder, unknown)
+    publish(folder, "owner/audit", token=OWNER, endpoint=hub.endpoint)
+    card = hub.repos["dataset", "owner/audit"].files()["README.md"].decode()
+    assert "of `model`, DDPMScheduler" in card
+    assert "somebody" not in card
+    assert "| local scaling psi | 0.5 (n = 1) | nats, at sigma inf |" in card
+    assert "| health checks failed | 1 | of 2: asymmetry |" in card
+    assert "flagged" not in card
+    assert "None" not in card
 
 
 def test_a_model_without_a_card_gets_one(hub, folder):
