@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from safetensors.numpy import save_file
 
 from diffusers_geometry.bundled import DIGITS
+from diffusers_geometry.cli import main
 from diffusers_geometry.hub import HubError, weight_hashes
 from diffusers_geometry.hub_card import BEGIN, END, with_section
 from diffusers_geometry.hub_publish import PUBLISHED, TITLE, publish
@@ -300,6 +301,40 @@ def test_only_a_finished_audit_is_published(hub, folder):
     with pytest.raises(HubError, match=r"has no index.html. Expected the folder of a finished audit"):
         publish(folder, "owner/audit", token=OWNER, endpoint=hub.endpoint)
     assert hub.requests == []
+
+
+def test_from_a_model_of_the_hub_to_a_dataset_and_a_pull_request_by_the_command_line(hub, tmp_path, monkeypatch, capfd):
+    sha = hub.add("org/digits", {p.relative_to(DIGITS).as_posix(): p.read_bytes() for p in DIGITS.rglob("*") if p.is_file()})
+    hub_server.point(monkeypatch, hub.endpoint)
+    monkeypatch.setenv("HF_TOKEN", OWNER)
+    audit = [
+        "audit",
+        "org/digits",
+        "--seeds",
+        "0-1",
+        "--steps",
+        "3",
+        "--record-steps",
+        "1",
+        "--yes",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    audit += ["--scores", "none"]
+    for more in (["owner/audit"], ["org/digits", "--publish-as", "pull-request"], ["owner/audit"]):
+        with pytest.raises(SystemExit, match="0"):
+            main([*audit, "--publish", *more])
+    model, dataset = hub.repos["model", "org/digits"], hub.repos["dataset", "owner/audit"]
+    assert (len(model.commits), len(dataset.commits)) == (2, 2)  # an audit that is done, once more, is the same
+    document = json.loads(dataset.files()["audit.json"])
+    assert (document["model"]["name"], document["model"]["revision"]) == ("org/digits", sha)
+    entries = {entry.task_id: entry for entry in parse_eval_result_entries(yaml.safe_load(model.files("refs/pr/1")[RESULTS]))}
+    assert entries["psi"].value == document["geometry"][-1]["psi"]["value"]
+    assert entries["psi"].dataset_revision == dataset.sha("main")
+    told = "".join(capfd.readouterr())
+    assert f"{hub.endpoint}/org/digits/discussions/1" in told
+    assert OWNER not in told
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and OWNER.encode() in path.read_bytes()]
 
 
 @pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
