@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import matplotlib
 import numpy as np
 from delta_stability import RADII, between_all, settings_of, stability
 from local_probe import DESCRIPTORS, RADIUS
@@ -80,11 +81,11 @@ def draw_sheet(measured: dict[str, Any]) -> Figure:
         order = np.argsort(values, kind="stable")
         middle = (len(order) - count) // 2
         side = made.images.shape[-1]
-        sheet = np.full((3 * (side + 1) - 1, count * (side + 1) - 1), 1.0)
+        sheet = np.full((3 * (side + 1) - 1, count * (side + 1) - 1), np.nan)  # nothing between images
         for i, chosen in enumerate((order[:count], order[middle : middle + count], order[-count:])):
             for j, image in enumerate(made.images[chosen.copy(), 0].numpy()):
                 sheet[i * (side + 1) : i * (side + 1) + side, j * (side + 1) : j * (side + 1) + side] = image
-        axes.imshow(sheet, cmap="gray", vmin=-1, vmax=1)
+        axes.imshow(sheet, cmap=matplotlib.colormaps["gray"].with_extremes(bad="#7fb2d9"), vmin=-1, vmax=1)
         axes.set_yticks([(side + 1) * i + side / 2 - 0.5 for i in range(3)], ["lowest", "middle", "highest"], fontsize=9)
         axes.set_xticks([])
         axes.set_title(f"ranked by {name}", fontsize=11, loc="left")
@@ -159,7 +160,7 @@ def draw_separation(measured: dict[str, Any]) -> Figure:
             own = result.areas[score]
             text, colour = f"{own.value:.2f}\n[{own.low:.2f}, {own.high:.2f}]", "white" if abs(own.value - 0.5) > 0.4 else "black"
             axes.text(j, i, text, ha="center", va="center", fontsize=8.5, color=colour)
-    axes.axvline(len(DESCRIPTORS) - 0.5, color="black", linewidth=2)
+    axes.axvline(sum(s in DESCRIPTORS for s in scores) - 0.5, color="black", linewidth=2)
     axes.set_xticks(range(len(scores)), [named(s) for s in scores])
     axes.set_yticks(range(len(found)), list(found))
     axes.set_title("digits: area under the ROC curve, direction chosen on other images (left descriptors, right baselines)")

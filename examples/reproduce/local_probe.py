@@ -40,11 +40,13 @@ class Probe:
     Attributes:
         name: "digits", the bundled model, or one of the zoo.
         noises: Draws eps for every image.
+        products: Of the change of D'; 0 leaves it out.
     """
 
     name: str
     noises: int
     folder: Path | None
+    products: int = PRODUCTS
 
     def pipeline(self) -> Any:
         pipe = load_pipeline(None) if self.name == "digits" else load_zoo(self.name)
@@ -74,13 +76,14 @@ class Probe:
             spectrum = dense_spectrum(denoiser.jacobian(x_t, chunk_size=64))
             common = [torch.Generator().manual_seed(draw) for _ in range(2)]
             delta = local_complexity(canonical, x_t[None], RADIUS, num_directions=DIRECTIONS, num_draws=1, generator=common[0])
-            moved = jacobian_variation(canonical, x_t, RADIUS, num_products=PRODUCTS, generator=common[1])
-            found = (local_scaling(spectrum, rank=rank).value, local_rank(spectrum).value, delta.fraction.item(), moved.value)
+            row = {"psi": local_scaling(spectrum, rank=rank).value, "nu": local_rank(spectrum).value, "delta": delta.fraction}
+            if self.products:
+                options = {"num_products": self.products, "generator": common[1]}
+                row["variation"] = jacobian_variation(canonical, x_t, RADIUS, **options).value
             with torch.no_grad():
-                error = (denoiser.denoised(x_t[None])[0] - image).square().mean().sqrt()
-            rows.append((*found, error.item(), spectrum.singular_values))
-        columns = dict(zip((*DESCRIPTORS, "error", "values"), zip(*rows, strict=True), strict=True))
-        return {name: torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in values]) for name, values in columns.items()}
+                row["error"] = (denoiser.denoised(x_t[None])[0] - image).square().mean().sqrt()
+            rows.append(row | {"values": spectrum.singular_values})
+        return {n: torch.stack([torch.as_tensor(row[n], dtype=torch.float64).squeeze() for row in rows]) for n in rows[0]}
 
     def kept(self, what: str, images: Tensor, make: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, np.ndarray]:
         """``make`` of every image, stacked, from the folder where it is there; with the seconds of processor time it took."""
@@ -88,7 +91,7 @@ class Probe:
         return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
     def _part(self, what: str, images: Tensor, make: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
-        settings = (what, self.name, self.noises, REFERENCE_T, RADIUS, DIRECTIONS, PRODUCTS)
+        settings = (what, self.name, self.noises, REFERENCE_T, RADIUS, DIRECTIONS, self.products)
         digest = hashlib.sha256(repr(settings).encode() + images.contiguous().numpy().tobytes()).hexdigest()[:16]
         path = self.folder / f"{what}-{digest}.safetensors" if self.folder else None
         if path and path.exists():
