@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,6 +122,7 @@ def plan_dataset(pipe: Any, request: DatasetRequest) -> DatasetPlan:
     options = {"spectrum": request.spectrum, "num_singular_values": request.psi_rank, "max_products": request.max_products}
     options |= {"of": request.of, "branch": request.branch, "record_steps": request.record_steps, "probe_chunk_size": 64}
     plan = plan_geometry(pipe, **request.arguments(units[0]), **options)
+    plan = replace(plan, probe=replace(plan.probe, trace_products=0))  # no label takes the trace
     if request.psi_rank is not None and request.psi_rank > plan.probe.size:
         raise ValueError(f"psi_rank={request.psi_rank}. Expected at most {plan.probe.size}, the numbers of one sample.")
     labels = plan.steps * sum(len(u) for u in units)

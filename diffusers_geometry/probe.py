@@ -211,7 +211,9 @@ class Probe:
         jacobians = [inner] if self.plan.of == "denoised" else [self._jacobian(denoiser, x_t, self.plan.of), inner]
         spectrum = values(jacobians[0], self.plan.spectrum_products)
         denoised = spectrum if len(jacobians) == 1 else values(inner, self.plan.denoised_products)
-        trace = estimate_trace(inner, num_products=self.plan.trace_products, generator=generator)
+        count, trace = self.plan.trace_products, None
+        if count:
+            trace = estimate_trace(inner, num_products=count, generator=generator)
         return self._finish(PointGeometry(spectrum, denoised, trace), *jacobians)
 
     def _central_difference(self, denoiser: Denoiser, x_t: Tensor, generator: torch.Generator) -> PointGeometry:

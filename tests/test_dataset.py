@@ -98,6 +98,8 @@ def test_the_plan_is_what_is_spent(whole):
 
 def test_matrix_free_labels_agree_with_dense_ones(whole, tmp_path):
     options = request(seeds=(13,), spectrum="golub_kahan", psi_rank=4, max_products=190, held_out=0.5)
+    plan = plan_dataset(ddpm_pipeline(), options)
+    assert plan.unit.probe.products == plan.unit.probe.spectrum_products <= 190  # none for a trace
     found = generate_dataset(ddpm_pipeline(), tmp_path, options, progress=False).tensors
     dense = whole.tensors
     rows = [int(((dense["seed"] == 13) & (dense["position"] == p)).nonzero()) for p in (1, 3)]
