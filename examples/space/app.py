@@ -76,9 +76,8 @@ def call_of(pipe: Any, prompt: str, label: str, steps: float | None, seed: float
             raise UsageError(f"{name} is empty. Expected one for this model ({type(pipe).__name__}).")
     labels, known = [int(label)] if label.strip() else None, getattr(pipe, "labels", None)
     if labels and known and labels[0] not in known.values():
-        raise UsageError(
-            f"Class is {labels[0]}. Expected one of {', '.join(f'{i} ({name})' for i, name in sorted((i, name) for name, i in known.items()))}."
-        )
+        said = ", ".join(f"{i} ({name})" for i, name in sorted((i, name) for name, i in known.items()))
+        raise UsageError(f"Class is {labels[0]}. Expected one of {said}.")
     return call_arguments(pipe, prompt.strip() or None, labels, int(steps), int(seed), [])
 
 
