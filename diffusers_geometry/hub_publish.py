@@ -95,10 +95,13 @@ def read_audit(folder: Path) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """What is published of an audit's folder: its report and what it was made from, never a link that leads elsewhere."""
+    """What is published of an audit's folder: its report and what it was made from; a link that leads elsewhere is refused."""
     found = [folder / name for name in _FILES]
     found += sorted(path for name in FOLDERS for path in (folder / name).glob("*.png"))
-    return {path.relative_to(folder).as_posix(): path for path in found if path.is_file() and not path.is_symlink()}
+    for path in found:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise HubError(f"{path} is a link to {path.resolve()}, outside of the audit. Expected the file itself.")
+    return {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
 
 
 def _refuse_tokens(files: dict[str, Path], token: Any) -> None:

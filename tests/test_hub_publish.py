@@ -337,6 +337,15 @@ def test_from_a_model_of_the_hub_to_a_dataset_and_a_pull_request_by_the_command_
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and OWNER.encode() in path.read_bytes()]
 
 
+def test_a_link_out_of_the_audit_is_not_followed(hub, folder):
+    outside = folder.parent / "diary.png"
+    outside.write_bytes(b"mine")
+    (folder / "images" / "00002.png").symlink_to(outside)
+    with pytest.raises(HubError, match=r"00002.png is a link to .*diary.png, outside of the audit. Expected the file itself"):
+        publish(folder, "owner/audit", token=OWNER, endpoint=hub.endpoint)
+    assert hub.requests == []
+
+
 @pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
 @pytest.mark.parametrize("card", [b"", b"# A", b"# A\n", b"\xef\xbb\xbf---\na: 1\n---\n\n# A\n\n", b"\xff not text \x00\n"])
 def test_every_other_byte_of_a_card_stays(card, ending):
@@ -344,6 +353,9 @@ def test_every_other_byte_of_a_card_stays(card, ending):
     one = with_section(card, "## One\n\n1")
     assert one.startswith(card)
     assert one == with_section(one, "## One\n\n1")
+    rest = one.replace(ending if ending in card else b"\n", b"")  # the section has the card's line endings
+    assert b"\n" not in rest
+    assert b"\r" not in rest
     later = one + b"later" + ending
     two = with_section(later, "## Two")
     start, stop, after = later.index(BEGIN), later.index(END), b"\r\n" if b"\r\n" in later else b"\n"
