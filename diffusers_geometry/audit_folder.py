@@ -134,10 +134,16 @@ class AuditFolder:
 
     def read_unit(self, i: int, *names: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, np.ndarray]]:
         """(unit, run, arrays of these names where the unit has them) of a finished unit."""
+        with self._opened(i) as file:
+            said, kept = file.metadata() or {}, set(file.keys())
+            return json.loads(said["unit"]), json.loads(said["run"]), {n: file.get_tensor(n) for n in names if n in kept}
+
+    @contextmanager
+    def _opened(self, i: int) -> Iterator[Any]:
+        """The file of a finished unit; ValueError with its name for a damaged one."""
         try:
             with safe_open(self.unit_path(i), "np") as file:
-                said, kept = file.metadata() or {}, set(file.keys())
-                return json.loads(said["unit"]), json.loads(said["run"]), {n: file.get_tensor(n) for n in names if n in kept}
+                yield file
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(
                 f"{self.unit_path(i)} cannot be read ({error}). Expected a whole unit; delete the file to compute it again."
@@ -145,7 +151,7 @@ class AuditFolder:
 
     def shape(self, i: int, name: str) -> tuple[int, ...]:
         """Of an array of a finished unit."""
-        with safe_open(self.unit_path(i), "np") as file:
+        with self._opened(i) as file:
             return tuple(file.get_slice(name).get_shape())
 
     def read_failure(self, i: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -160,12 +166,19 @@ class AuditFolder:
         return read_json(self.path / PLAN)
 
     def clean(self) -> None:
-        """Removes what killed processes left half written."""
+        """Removes what killed processes left: files that are half written, claims of what is finished."""
+        try:
+            self.claims.forget(self._is_over)
+        except OSError as error:
+            raise self.stopped(error, self.claims.folder) from error
         partials = list(self._partials())
         living = self.claims.living() if partials else set()
         for partial in partials:
             if partial.name.split(".")[-2] not in living:
                 _unlink(partial)
+
+    def _is_over(self, name: str) -> bool:
+        return (self.path / PLAN).exists() if name == "plan" else name.isdigit() and self.state(int(name)) is not None
 
     def _partials(self) -> Iterator[Path]:
         for folder in (self.path, self.path / "units", self.path / "images"):

@@ -176,6 +176,7 @@ class AuditRun:
         """Makes ``audit.json`` unless another process has made it of the same units."""
         path = self.folder.path / AUDIT
         with self.folder.waiting("summary"):
+            self.folder.clean()
             newest = max(self.folder.path_of(i).stat().st_mtime_ns for i in range(len(self.request)))
             if path.exists() and path.stat().st_mtime_ns >= newest:
                 return read_json(path)

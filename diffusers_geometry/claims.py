@@ -17,6 +17,7 @@ import platform
 import tempfile
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 HEARTBEAT = 5.0  # seconds between two touches
@@ -53,13 +54,15 @@ class Claims:
         try:
             with os.fdopen(handle, "w") as file:
                 json.dump({"token": self.token, "pid": os.getpid(), "born": _born(os.getpid()), "where": _where()}, file)
+            if not self._held:
+                self._stop = threading.Event()
+                threading.Thread(target=self._beat, args=(self._stop,), daemon=True).start()
+            self._held[name] = path
         except BaseException:
+            self._held.pop(name, None)
+            self._stop.set()
             path.unlink(missing_ok=True)
             raise
-        if not self._held:
-            self._stop = threading.Event()
-            threading.Thread(target=self._beat, args=(self._stop,), daemon=True).start()
-        self._held[name] = path
         return True
 
     def release(self, name: str) -> None:
@@ -72,6 +75,12 @@ class Claims:
                 self._path(name, number).unlink(missing_ok=True)
             except OSError:  # where nothing can be removed any more, the claim is dead when this process is
                 return
+
+    def forget(self, is_over: Callable[[str], bool]) -> None:
+        """Removes what dead processes left of names that nobody will claim again."""
+        for path in self.folder.glob("*.*") if self.folder.is_dir() else ():
+            if is_over(path.stem) and path.stem not in self._held:
+                path.unlink(missing_ok=True)
 
     def living(self) -> set[str]:
         """The tokens of all processes that hold a claim."""
