@@ -74,15 +74,15 @@ def _train(pipe: Any, model: str | None, output: Path, trunk: str, config: dict[
 
     from .dataset import GeometryDataset
     from .reward_card import save_reward
+    from .reward_networks import copied_network
     from .reward_training import TrainingOptions
     from .reward_training import train_reward as train
-    from .reward_trunks import can_start_from
 
     parts, options = (
         [GeometryDataset(output / "labels", split) for split in ("train", "held_out")],
         TrainingOptions(steps=train_steps),
     )
-    copied = trunk == "network" or (trunk == "auto" and can_start_from(getattr(pipe, "unet", None)))
+    copied = trunk == "network" or (trunk == "auto" and copied_network(pipe) is not None)
     start_from = pipe if copied else None
     reward, metrics = train(*parts, options=options, start_from=start_from, checkpoint=output / "checkpoint", **config)
     if PartialState().is_main_process:

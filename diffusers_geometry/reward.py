@@ -26,7 +26,8 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .reward_trunks import GROUPS, ConvolutionalTrunk, NetworkTrunk, TokenTrunk
+from .reward_networks import network_trunk
+from .reward_trunks import GROUPS, ConvolutionalTrunk, TokenTrunk
 
 Descriptor = Literal["psi", "nu", "delta"]
 Head = Literal["bins", "value"]
@@ -48,8 +49,9 @@ class GeometryReward(ModelMixin, ConfigMixin):
         num_blocks: Residual blocks a stage, or transformer layers.
         data_std: Root mean square of a coordinate of x_0.
         psi_rank: Singular values that the labels sum; None where it does not apply.
-        network: Config of a UNet whose encoder is the trunk, instead of width, stages and blocks; see :mod:`.reward_trunks`.
-        num_timesteps: Of that UNet's schedule.
+        network: Config of a network whose first half is the trunk, instead of width, stages and blocks; see
+            :mod:`.reward_networks`.
+        num_timesteps: Of that network's schedule.
 
     Raises:
         ValueError: a shape, width, head or descriptor that is not one of these.
@@ -83,7 +85,7 @@ class GeometryReward(ModelMixin, ConfigMixin):
         embedding = 4 * width
         self.register_buffer("frequencies", torch.logspace(0, math.log10(64), FREQUENCIES), persistent=False)
         if network is not None:
-            self.trunk: nn.Module = NetworkTrunk(network, num_timesteps)
+            self.trunk: nn.Module = network_trunk(network, num_timesteps)
         elif len(self.sample_shape) >= 3:
             self.trunk = ConvolutionalTrunk(self.sample_shape[0], width, num_stages, num_blocks, embedding)
         else:

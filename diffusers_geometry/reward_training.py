@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .dataset import GeometryDataset
 from .reward import GeometryReward
 from .reward_metrics import RewardMetrics, Samples, measured
-from .reward_trunks import can_start_from
+from .reward_networks import copied_network, network_config
 from .storage import write_together
 
 WARMUP = 0.05
@@ -85,7 +85,7 @@ def train_reward(
         held_out: Likewise of other seeds.
         descriptor: The label's name.
         options: How.
-        start_from: A pipeline with an unconditional UNet, whose encoder the reward starts as a copy of; a small trunk of its own
+        start_from: A pipeline of whose network the reward starts as a copy, see :mod:`.reward_networks`; a small trunk of its own
             otherwise.
         checkpoint: Folder in which a stopped run is continued; nothing is written if None.
         progress: Show a bar.
@@ -236,10 +236,12 @@ def _usable(samples: GeometryDataset | Samples, descriptor: str) -> dict[str, Te
 def _new_reward(samples: Samples, descriptor: str, seed: int, config: dict[str, Any], start_from: Any) -> GeometryReward:
     """A reward of random weights, or the pipeline's own, with the label statistics of the training set."""
     if start_from is not None:
-        if not can_start_from(getattr(start_from, "unet", None)) or not hasattr(start_from.scheduler, "alphas_cumprod"):
-            raise ValueError(f"start_from={type(start_from).__name__}. Expected a pipeline with an unconditional UNet2DModel.")
-        own = {k: v for k, v in start_from.unet.config.items() if not k.startswith("_")}
-        config = {"network": own, "num_timesteps": len(start_from.scheduler.alphas_cumprod), **config}
+        if copied_network(start_from) is None:
+            raise ValueError(
+                f"start_from={type(start_from).__name__}. Expected a pipeline of a UNet2DModel, a UNet2DConditionModel with one "
+                "text encoder, or a DiTTransformer2DModel, and a scheduler with alphas_cumprod; the reward's own trunk needs none."
+            )
+        config = {"network": network_config(start_from), "num_timesteps": len(start_from.scheduler.alphas_cumprod), **config}
     levels = min(len(samples["sigma"].unique()), config.pop("max_levels", 32))
     clean = samples["sigma"] <= samples["sigma"].min() * (1 + 1e-6)  # y at the lowest noise stands for x_0
     data = samples["x_t"][clean] / samples["alpha_t"][clean].reshape(-1, *[1] * (samples["x_t"].ndim - 1))
@@ -250,7 +252,7 @@ def _new_reward(samples: Samples, descriptor: str, seed: int, config: dict[str, 
         reward = GeometryReward(tuple(samples["x_t"].shape[1:]), descriptor, **(defaults | config))
     reward.set_levels(samples["sigma"], samples["label"])
     if start_from is not None:
-        reward.trunk.start_from(start_from.unet, start_from.scheduler)
+        reward.trunk.start_from(start_from)
     return reward
 
 

@@ -3,17 +3,12 @@
 Residual blocks whose normalised activations are scaled and shifted by the noise (Dhariwal and Nichol, 2021, arXiv:2105.05233), or a
 transformer over tokens (Vaswani et al., 2017, arXiv:1706.03762) with one token more, which carries the noise and is read out.
 
-psi is a property of the model's own network at x_t, and that network has learnt what is needed to tell it: from its features a few
-hundred labels a noise level rank psi better than thousands do from the sample. So a reward can start as a copy of the encoder half
-of the model's UNet, at the price of that half's pass in every guided step.
+Trunks that start as a copy of the model's own network are in :mod:`.reward_networks`.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -85,50 +80,3 @@ class TokenTrunk(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden)
         return hidden[:, 0]
-
-
-class NetworkTrunk(nn.Module):
-    """(B, C, H, W) -> (B, size): a copy of the encoder half of an unconditional UNet, pooled to a grid.
-
-    Args:
-        config: Of the :class:`diffusers.UNet2DModel`.
-        num_timesteps: Entries of the schedule it was trained on.
-    """
-
-    def __init__(self, config: dict[str, Any], num_timesteps: int) -> None:
-        super().__init__()
-        network = UNet2DModel.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-        if not can_start_from(network):
-            raise ValueError("the network has skip samples or classes. Expected an unconditional UNet2DModel of plain blocks.")
-        self.time_proj, self.time_embedding, self.conv_in = network.time_proj, network.time_embedding, network.conv_in
-        self.down_blocks, self.mid_block = network.down_blocks, network.mid_block
-        width = network.config.block_out_channels[-1]
-        self.norm, self.size = nn.GroupNorm(network.config.norm_num_groups, width), width * POOLED**2
-        self.register_buffer("log_sigmas", torch.zeros(num_timesteps))
-
-    @torch.no_grad()
-    def start_from(self, network: UNet2DModel, scheduler: Any) -> None:
-        """Takes over a network's weights, and the noise that its timesteps stand for."""
-        own, theirs = self.state_dict(), network.state_dict()
-        self.load_state_dict({name: theirs.get(name, value).to(value) for name, value in own.items()})
-        alphas = scheduler.alphas_cumprod.double().cpu()
-        self.log_sigmas.copy_(((1 - alphas) / alphas).sqrt().log())
-
-    def forward(self, sample: Tensor, log_sigma: Tensor) -> Tensor:
-        """Features of samples y / sqrt(1 + sigma²) (B, C, H, W) at noises log sigma (B,)."""
-        high = torch.searchsorted(self.log_sigmas, log_sigma.contiguous()).clamp(1, len(self.log_sigmas) - 1)
-        low_value, high_value = self.log_sigmas[high - 1], self.log_sigmas[high]
-        timestep = high - 1 + ((log_sigma - low_value) / (high_value - low_value)).clamp(0, 1)
-        embedding = self.time_embedding(self.time_proj(timestep).to(sample.dtype))
-        hidden = self.conv_in(sample)
-        for block in self.down_blocks:
-            hidden, _ = block(hidden_states=hidden, temb=embedding)
-        hidden = functional.silu(self.norm(self.mid_block(hidden, embedding)))
-        return functional.adaptive_avg_pool2d(hidden, POOLED).flatten(1)
-
-
-def can_start_from(network: Any) -> bool:
-    """Whether a reward can start as a copy of this network's encoder."""
-    if not isinstance(network, UNet2DModel) or network.class_embedding is not None or network.config.center_input_sample:
-        return False
-    return network.mid_block is not None and not any(hasattr(block, "skip_conv") for block in network.down_blocks)

@@ -71,6 +71,7 @@ HOST = [
     "labels",
     "dataset",
     "reward_trunks",
+    "reward_networks",
     "reward",
     "reward_metrics",
     "reward_training",

@@ -15,16 +15,19 @@ import pytest
 import torch
 from exact_loop import FIXED, loop
 from safetensors.torch import load_file
-from tiny import ddpm_pipeline, randn, sd_pipeline, unet2d
+from tiny import ddpm_pipeline, dit_pipeline, randn, sd_pipeline, unet2d
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_geometry.exact import GaussianDenoiser
 from diffusers_geometry.guidance import GeometryGuidance, guided
 from diffusers_geometry.objectives import GuidedStep, RewardObjective
 from diffusers_geometry.reward import GeometryReward
 from diffusers_geometry.reward_card import save_reward
+from diffusers_geometry.reward_networks import copied_network
 from diffusers_geometry.reward_training import TrainingOptions, train_reward
 from diffusers_geometry.schedule import NoiseLevel
 
+ZOO = Path(__file__).parent.parent / "examples" / "zoo"
 SMALL = {"width": 16, "num_blocks": 1, "num_bins": 8}
 SHAPES = {"image": (2, 8, 8), "video": (2, 3, 8, 8), "packed": (6, 4), "vector": (10,)}
 
@@ -102,29 +105,75 @@ def test_shapes_gradients_and_independence(kind, head):
     assert difference.item() == pytest.approx((gradient[1] * v).sum().item(), abs=2e-3 * float(gradient[1].norm() * v.norm()))
 
 
-def test_a_reward_can_start_as_the_encoder_of_the_model():
-    pipe = ddpm_pipeline()
+def text_pipeline():
+    """Stable Diffusion with a text encoder as small as its UNet, and the zoo's tokenizer."""
+    pipe, sizes = sd_pipeline(), {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = CLIPTokenizer.from_pretrained(ZOO / "shared" / "tokenizer")
+    config = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=8, max_position_embeddings=tokenizer.model_max_length, **sizes)
+    pipe.register_modules(text_encoder=CLIPTextModel(config).eval(), tokenizer=tokenizer)
+    return pipe
+
+
+def network_of(pipe):
+    return getattr(pipe, "unet", None) or pipe.transformer
+
+
+def without_conditioning(pipe, x_t, timestep):
+    """The network's own answer as its pipeline asks for it without a prompt or class."""
+    network = network_of(pipe)
+    if isinstance(network, diffusers.UNet2DConditionModel):
+        nothing = pipe.encode_prompt("", "cpu", len(x_t), False)[0]
+        return network(x_t, timestep, encoder_hidden_states=nothing)
+    if isinstance(network, diffusers.DiTTransformer2DModel):
+        nothing = torch.full((len(x_t),), network.config.num_embeds_ada_norm)
+        return network(x_t, timestep=torch.full((len(x_t),), timestep), class_labels=nothing)
+    return network(x_t, timestep)
+
+
+COPIED = {  # pipeline and where the copy ends in its network and in the trunk
+    "unconditional": (ddpm_pipeline, (1, 8, 8), lambda module: module.mid_block),
+    "text": (text_pipeline, (4, 8, 8), lambda module: module.mid_block),
+    "class": (dit_pipeline, (4, 8, 8), lambda module: module.transformer_blocks[0]),
+}
+
+
+@pytest.mark.parametrize("kind", COPIED)
+def test_a_reward_can_start_as_a_copy_of_the_models_network(kind, tmp_path):
+    make, shape, last = COPIED[kind]
+    pipe = make()
     options = TrainingOptions(steps=1, batch_size=8, evaluate_every=1, learning_rate=1e-12)
-    data = labelled(400, 1), labelled(80, 5, first_seed=999)
+    data = labelled(400, 1, shape), labelled(80, 5, shape, first_seed=999)
     reward, _ = train_reward(*data, options=options, progress=False, start_from=pipe, num_bins=4)
-    seen = []
-    handle = pipe.unet.mid_block.register_forward_hook(lambda module, args, output: seen.append(output))
+    seen, own = [], []
+    handle = last(network_of(pipe)).register_forward_hook(lambda module, args, output: seen.append(output))
     alphas, t = pipe.scheduler.alphas_cumprod, 300
     alpha_t, sigma = alphas[t].sqrt(), ((1 - alphas[t]) / alphas[t]).sqrt()
-    x_t = randn(2, 1, 8, 8)
+    x_t = randn(2, *shape)
     with torch.no_grad():
-        pipe.unet(x_t, t)
+        without_conditioning(pipe, x_t, t)
     handle.remove()
-    own = []
-    reward.trunk.mid_block.register_forward_hook(lambda module, args, output: own.append(output))
+    last(reward.trunk).register_forward_hook(lambda module, args, output: own.append(output))
     leaf = x_t.clone().requires_grad_(True)
     gradient = torch.autograd.grad(reward.predict(leaf, sigma, alpha_t)[0], leaf)[0]
     torch.testing.assert_close(own[0].detach(), seen[0], atol=1e-4, rtol=1e-4)
     assert gradient[0].abs().sum() > 0
     assert gradient[1].abs().max() == 0
-    assert reward.trunk.mid_block is not pipe.unet.mid_block
-    with pytest.raises(ValueError, match="start_from=StableDiffusionPipeline. Expected a pipeline with an uncond"):
-        train_reward(*data, start_from=sd_pipeline(), progress=False)
+    assert last(reward.trunk) is not last(network_of(pipe))
+    reward.save_pretrained(tmp_path)
+    assert torch.equal(GeometryReward.from_pretrained(tmp_path).predict(x_t, 0.2), reward.predict(x_t, 0.2))
+
+
+def test_what_has_more_conditioning_is_no_start():
+    without_encoder, with_more, with_flow = sd_pipeline(), text_pipeline(), text_pipeline()
+    assert copied_network(with_more) is with_more.unet
+    with_more.unet.register_to_config(addition_embed_type="text_time")
+    with_flow.scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    for pipe in (without_encoder, with_more, with_flow):
+        assert copied_network(pipe) is None
+        with pytest.raises(ValueError, match="start_from=StableDiffusionPipeline. Expected a pipeline of a UNet2DModel"):
+            train_reward(labelled(400, 1), labelled(80, 5, first_seed=999), start_from=pipe, progress=False)
+    with pytest.raises(ValueError, match="network is a FluxTransformer2DModel. Expected a UNet2DModel"):
+        GeometryReward((4, 8, 8), network={"_class_name": "FluxTransformer2DModel"})
 
 
 def test_a_reward_with_the_models_encoder_is_saved_whole(tmp_path):
@@ -271,6 +320,7 @@ import sys, torch
 sys.path[:0] = [{tests!r}]
 from test_reward import SMALL, labelled
 from diffusers_geometry.reward_card import save_reward
+from diffusers_geometry.reward_networks import copied_network
 from diffusers_geometry.reward_training import TrainingOptions, train_reward
 torch.set_num_threads(1)
 options = TrainingOptions(steps=60, batch_size=32, evaluate_every=10, accumulation={accumulation})
