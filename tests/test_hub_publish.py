@@ -151,7 +151,6 @@ def test_a_pull_request_is_one_commit_with_the_card_and_results(hub, folder):
     card = files["README.md"]
     assert card.startswith(CARD + b"\n\n" + BEGIN + b"\n")
     assert card.endswith(END + b"\n")
-    assert b"<script>" not in card
     assert f"{hub.endpoint}/datasets/owner/audit/blob/main/report.md" in card.decode()
 
     entries = {entry.task_id: entry for entry in parse_eval_result_entries(yaml.safe_load(files[RESULTS]))}
@@ -211,6 +210,23 @@ def test_what_an_audit_does_not_know_is_not_in_its_card(hub, folder):
     assert "| health checks failed | 1 | of 2: asymmetry |" in card
     assert "flagged" not in card
     assert "None" not in card
+
+
+def test_what_comes_from_outside_stays_in_its_place(hub, folder):
+    def foreign(audit):
+        audit["model"]["name"] = "org/`<img src=x>`"
+        audit["health"]["checks"][1]["name"] = "a | b\n\n# <script>alert(1)</script>"
+        audit["provenance"]["repeat"] = f"hf-geometry\n\n{END.decode()}"
+
+    changed(folder, foreign)
+    publish(folder, "owner/audit", token=OWNER, endpoint=hub.endpoint)
+    card = hub.repos["dataset", "owner/audit"].files()["README.md"].decode()
+    text = card[card.index(BEGIN.decode()) + len(BEGIN) : card.index(END.decode())]
+    assert not set("<>") & set(text)
+    assert "| of 2: a / b # (script)alert(1)(/script) |\n" in text
+    assert text.count("\n#") == 1
+    publish(folder, "owner/audit", token=OWNER, endpoint=hub.endpoint)
+    assert commits(hub) == 2
 
 
 def test_a_model_without_a_card_gets_one(hub, folder):
