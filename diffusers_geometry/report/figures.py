@@ -68,7 +68,7 @@ def _descriptors(document: dict[str, Any]) -> Figure | None:
     _draw(counts, geometry, ("nu", "effective_dimension", "gap_dim"))
     counts.set_ylabel("directions")
     counts.set_ylim(bottom=min(0.0, counts.get_ylim()[0]))
-    counts.legend(loc="upper left", fontsize=9)
+    counts.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=9, frameon=False)
     _draw(volume, geometry, ("psi",))
     volume.set_ylabel("ψ (nats)")
     below = np.zeros(len(geometry))
@@ -114,7 +114,7 @@ def _ranking(document: dict[str, Any]) -> Figure | None:
     groups = (
         [
             ("known to be memorised", "#e31a1c", "D", True),
-            ("known not to be", "#33a02c", "s", False),
+            ("known not to be memorised", "#33a02c", "s", False),
             ("not known", "#1f78b4", "o", None),
         ]
         if labelled

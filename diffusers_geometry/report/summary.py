@@ -40,7 +40,7 @@ def looked_at(source: Source) -> list[str]:
     else:
         seeds = count(len(request["seeds"]), "seed")
         what = {"prompt": "prompt", "class_labels": "class label"}.get(request["kind"])
-        asked = f"from nothing but {seeds}"
+        asked = f"without a prompt, with {seeds}"
         if what:
             asked = f"for {count(len(request['prompts']), what)} with {seeds} each"
         made = f"The model was run {asked}{f' ({by})' if by else ''}: {done} of {count(len(units), 'run')} finished."
@@ -102,6 +102,8 @@ def _memorised(document: dict[str, Any]) -> Answer:
     ranked = [p for p in prompts if p.get("rank") is not None]
     if not memorization or not ranked:
         reason = ((memorization or {}).get("combined") or {}).get("certainty") or "No memorisation score was taken."
+        if document["request"]["kind"] == "unconditional":
+            reason = "Prompts are compared with one another, and this model was run without."
         return Answer(question, "plain", "Not measured", [str(reason)])
     kind = document["request"]["kind"]
     flagged = sorted((p for p in ranked if p.get("flagged")), key=lambda p: p["rank"])
@@ -129,6 +131,8 @@ def _dimension(source: Source) -> Answer:
     of = f" of {number(size)}" if size else ""
     things = "samples" if source.kind == "trace" else "runs"
     last = _final(document)
+    if not document["steps"]:
+        return Answer(question, "plain", "Not measured", ["There is no spectrum to count in."])
     text = []
     if last is not None:
         of_units = f" (mean over {things})" if (last.get("n") or 0) > 1 else ""

@@ -25,7 +25,7 @@ MAPS = {
 _CHARTS = (
     ("How many directions are kept", "directions", ("nu", "effective_dimension", "gap_dim", "flipd"), True,
      "They need not agree: ν counts by entropy, the effective dimension is tr D', the gap is the place of the largest drop."),
-    ("Volume ψ", "ψ (nats)", ("psi",), False, "The sum of the logarithms of the nonzero singular values."),
+    ("Volume ψ", "ψ (nats)", ("psi",), False, "The sum of the logarithms of {psi} singular values."),
     ("Roughness δ", "δ (sign changes)", ("delta",), True, "Sign changes of units of the network in a small neighbourhood."),
     ("Largest singular value", "singular value", ("spectral_norm",), True, "A denoiser that only keeps or drops has 1 here."),
     ("Asymmetry of the Jacobian", "asymmetry", ("asymmetry",), True, "|D' − D'ᵀ| / |D' + D'ᵀ|. The score of a density has 0."),
@@ -43,7 +43,7 @@ def view(source: Source) -> dict[str, Any]:
         "kind": source.kind, "document": document, "title": shortened(_short_name(document), 100),
         "map": MAPS.get(options.get("of"), "D'"), "looked_at": looked_at(source), "answers": answers(source),
         "explorer": explorer(source, names, [unit for row in rows for unit in row.units]), "panels": panels(source.spectra, sigmas),
-        "charts": _charts(document["geometry"], sigmas), "phases": _phases(document["geometry"], sigmas),
+        "charts": _charts(document["geometry"], sigmas, options.get("psi_rank")), "phases": _phases(document["geometry"], sigmas),
         "steps": step_table(document), "rows": rows, "memorization": memorization_view(document), "health": document["health"],
         "failed": [(unit, names[i]) for i, unit in enumerate(document["units"]) if unit["status"] != "done"], "names": names,
         "reference": reference_table(document, names), "units": unit_table(document), "costs": costs(document),
@@ -58,7 +58,7 @@ def _short_name(document: dict[str, Any]) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1] if name.startswith(("/", ".")) else name
 
 
-def _charts(geometry: list[dict[str, Any]], sigmas: list[float | None]) -> list[dict[str, Any]]:
+def _charts(geometry: list[dict[str, Any]], sigmas: list[float | None], psi_rank: int | None) -> list[dict[str, Any]]:
     """Quantities over the run: title, chart, legend, note; those that nobody measured are left out."""
     headings = {name: heading for name, heading, _ in QUANTITIES}
     charts = []
@@ -67,6 +67,7 @@ def _charts(geometry: list[dict[str, Any]], sigmas: list[float | None]) -> list[
         lines = [Series(headings[n], [e.get("value") for e in f], [e.get("sem") for e in f]) for n, f in found.items()]
         series = [line for line in lines if line.known()]
         if series:
+            note = note.format(psi=f"the {psi_rank} largest" if psi_rank else "the nonzero")
             legend = [(legend_mark(i), line.name) for i, line in enumerate(series)] if len(series) > 1 else []
             charts.append({"title": title, "chart": step_chart(title, series, sigmas, label, zero), "legend": legend, "note": note})
     return charts

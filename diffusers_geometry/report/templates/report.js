@@ -42,6 +42,7 @@
       const button = document.createElement("button");
       button.type = "button";
       const name = head.firstChild;
+      head.dataset.name = name.textContent;
       head.insertBefore(button, name);
       button.append(name);
       button.addEventListener("click", () => sortBy(table, head));
