@@ -113,7 +113,7 @@ def analyze_geometry(
             "spectrum than 'perturbation', a map of the denoiser, no flipd."
         )
     with record(pipe, settings["record_steps"], engine=probe_engine, derivative=derivative) as recording:
-        recording.before_first = functools.partial(_refuse_early, request, settings)
+        recording.before_first = functools.partial(refuse_early, request, settings)
         probing = _Probing(recording, settings, request)
         if watch is not None:
             recording.after_kept = lambda step: watch(probing.add(step).trace())
@@ -196,7 +196,7 @@ def plan_geometry(pipe: Any, /, *args: Any, **kwargs: Any) -> GeometryPlan:
 plan_geometry.__signature__ = inspect.signature(analyze_geometry).replace(return_annotation="GeometryPlan")
 
 
-def _refuse_early(request: dict[str, Any], settings: dict[str, Any], sample: Tensor) -> None:
+def refuse_early(request: dict[str, Any], settings: dict[str, Any], sample: Tensor) -> None:
     """Refuses at the first step, by the sample's size, what could only fail after the whole generation."""
     plan = plan_probe(sample[0].numel(), max_memory=settings["max_probe_memory"], **request)
     in_hand = plan.num_singular_values if plan.method in ("golub_kahan", "randomized") else plan.size

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .analyze import refuse_early
 from .audit_request import AuditRequest, prompt_text
 from .audit_unit import DIRECTIONS, fixed_threads, require_one_sample
 from .budget import NUM_SINGULAR_VALUES, plan_probe, said_bytes
@@ -108,6 +109,7 @@ def plan_audit(pipe: Any, request: AuditRequest) -> tuple[AuditPlan, AuditReques
             errors.append(error)
             continue
         require_one_sample(recording)
+        refuse_early(probe_request(request.options), request.options, recording[0].sample)
         request = _with_rank(request, recording[0].sample.numel())
         try:
             return _measured(recording, request, unit), request

@@ -63,7 +63,8 @@ def _values(request: AuditRequest, units: list[dict[str, Any]], prompts: list[di
 def _ranking(request: AuditRequest, values: dict[str, np.ndarray]) -> tuple[Ranking | None, str]:
     """The ranking, or why there is none."""
     if not values:
-        return None, "No score was taken, so prompts are not compared."
+        reason = "No score was asked for" if not request.scores else "No unit has scores"
+        return None, f"{reason}, so prompts are not compared."
     compared = np.any([np.isfinite(v.reshape(len(v), -1)).any(axis=1) for v in values.values()], axis=0).sum()
     common = [n for n, v in values.items() if np.isfinite(v.reshape(len(v), -1)).any(axis=1).sum() == compared]
     if compared < LEAST_PROMPTS or not common:

@@ -74,7 +74,10 @@ def audit(
     device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
-    """Audit a model: geometry, memorisation and health of many prompts and seeds. Run it again to continue after a stop."""
+    """Audit a model: geometry, memorisation and health of many prompts and seeds. Run it again to continue after a stop.
+
+    Status 1 if no unit could be measured, 130 after Ctrl-C.
+    """
     given = locals()
     if publish_as not in ("dataset", "pull-request"):
         raise UsageError(f"--publish-as {publish_as!r} is not known. Expected dataset or pull-request.")
@@ -96,6 +99,8 @@ def audit(
         from .hub_publish import publish as publish_folder
 
         print(publish_folder(output, publish, kind=publish_as.replace("-", "_")))
+    if not any(unit["status"] == "done" for unit in document["units"]):
+        raise typer.Exit(1)
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""Audits: a unit's numbers are those of the analysis, what fails is said and the rest goes on, the summary is of the units alone."""
+"""Audits: a unit's numbers are those of the analysis, what fails is said and the rest goes on, the summary is of the units."""
 
 import json
 import re
@@ -235,6 +235,7 @@ def test_a_model_of_nan_is_audited_to_the_end(tmp_path):
     assert checks["failed_units"]["ok"] is False
     assert checks["asymmetry"]["ok"] is None
     assert "0 of 3 units done" in audit.table()
+    assert "No unit has scores, so prompts are not compared." in audit.table()
 
 
 def test_failed_units_are_tried_again_on_request(tmp_path):

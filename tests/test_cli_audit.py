@@ -1,0 +1,208 @@
+"""``audit``, ``compare`` and ``report`` from the command line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from audit_tiny import text_pipeline, vector_pipeline
+from test_cli import run
+
+from diffusers_geometry.cli_audit import numbers
+from diffusers_geometry.loading import UsageError
+
+COMMON = ("--steps", "6", "--record-steps", "3")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    vector_pipeline().save_pretrained(folder / "model")
+    other = vector_pipeline()
+    with torch.no_grad():
+        other.network.last.weight *= 1.2
+    other.save_pretrained(folder / "other")
+    text_pipeline(folder / "words").save_pretrained(folder / "text")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def audited(folders):
+    assert run("audit", str(folders / "model"), *COMMON, "--seeds", "0-9", "--output", str(folders / "audit"), "--yes") == 0
+    return folders / "audit"
+
+
+def test_an_audit_and_its_files(audited, folders, capsys):
+    """Continued, it says the same again; every file of docs/audit.md is there."""
+    assert run("audit", str(folders / "model"), *COMMON, "--seeds", "0-9", "--output", str(audited)) == 0
+    printed = capsys.readouterr().out
+    assert "10 of 10 units done" in printed
+    assert f"Report in {audited / 'index.html'}" in printed
+    names = {path.name for path in audited.iterdir()}
+    assert {"plan.json", "audit.json", "spectra.safetensors", "units", "index.html", "report.md", "figures"} <= names
+    document = json.loads((audited / "audit.json").read_text())
+    assert document["model"]["name"] == str(folders / "model")
+    assert set(document["model"]["weights"]) == {
+        "network/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"
+    }  # fmt: skip
+    assert document["request"]["seeds"] == list(range(10))
+    assert document["provenance"]["repeat"] == "hf-geometry audit --repeat FOLDER --output OTHER"
+
+
+def test_without_a_terminal_a_limit_is_needed(folders, capsys):
+    arguments = ("audit", str(folders / "model"), *COMMON, "--output", str(folders / "refused"))
+    assert run(*arguments) == 2
+    said = capsys.readouterr().err
+    assert "4 units of 3 recorded steps, 8 dimensions, by dense: 96 products" in said
+    assert "there is no terminal to confirm the plan at. Expected --max-products 96 or --max-seconds" in said
+    assert run(*arguments, "--max-products", "95") == 2
+    assert "max_products=95 is less than the audit needs, 96" in capsys.readouterr().err
+    assert run(*arguments, "--yes", "--max-seconds", "1e-9") == 2
+    assert not (folders / "refused").exists()
+    assert run(*arguments, "--max-products", "96", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["plan"]["products"] == 96
+
+
+def test_at_a_terminal_the_plan_is_confirmed(folders):
+    """A real pseudo-terminal: the plan, a question, and "n" leaves nothing behind."""
+    import pty
+
+    main, side = pty.openpty()
+    command = [sys.executable, "-m", "diffusers_geometry", "audit", str(folders / "model"), *COMMON, "--output", str(folders / "n")]
+    process = subprocess.Popen(command, stdin=side, stdout=side, stderr=side)
+    os.close(side)
+    said = b""
+    while b"Start? [Y/n]" not in said:
+        said += os.read(main, 1024)
+    assert b"4 units of 3 recorded steps" in said
+    os.write(main, b"n\n")
+    assert process.wait(timeout=60) == 1
+    os.close(main)
+    assert not (folders / "n").exists()
+
+
+def test_prompts_labels_and_a_poisoned_prompt_from_files(folders, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a\n\nb c\n d \n")
+    (tmp_path / "labels.txt").write_text("0\n-\n1\n")
+    arguments = ("audit", str(folders / "text"), "--steps", "4", "--record-steps", "1", "--seeds", "5", "--yes", "--json")
+    options = ("--call", "height=16", "--call", "width=16", "--spectrum", "golub_kahan", "--num-singular-values", "2")
+    files = ("--prompts", str(tmp_path / "prompts.txt"), "--labels", str(tmp_path / "labels.txt"))
+    options += ("--scores", "guidance_norm,psi")
+    assert run(*arguments, *options, *files, "--output", str(tmp_path / "out")) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["request"]["prompts"] == ["a", "b c", "d"]
+    assert document["request"]["labels"] == [False, None, True]
+    assert [unit["status"] for unit in document["units"]] == ["done", "done", "failed"]
+    assert set(document["units"][0]["scores"]) == {"guidance_norm", "psi"}
+    assert document["request"]["call"] == {"height": 16, "width": 16, "num_inference_steps": 4}
+    assert (tmp_path / "out" / "images" / "00001.png").is_file()
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "FloatingPointError" in page
+
+
+def test_two_audits_are_compared(audited, folders, capsys):
+    second = str(folders / "second")
+    assert run("audit", str(folders / "other"), *COMMON, "--seeds", "0-9", "--output", second, "--yes", "--scores", "none") == 0
+    capsys.readouterr()
+    assert run("compare", str(audited), second, "--output", str(folders / "comparison.json")) == 0
+    printed = capsys.readouterr().out
+    assert "10 pairs of units" in printed
+    assert " *" in printed
+    written = json.loads((folders / "comparison.json").read_text())
+    assert any(d["is_significant"] for d in written["differences"])
+    assert run("compare", str(audited), second, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == written
+    assert run("compare", str(audited), str(folders)) == 2
+    assert "holds no audit.json" in capsys.readouterr().err
+
+
+def test_an_audit_is_repeated(audited, folders, capsys):
+    """The model is found by the name that the plan has; other weights there are refused."""
+    out = str(folders / "again")
+    assert run("audit", "--repeat", str(audited), "--output", out, "--yes") == 0
+    printed = capsys.readouterr().out
+    assert "0 moved beyond their errors" in printed
+    assert (folders / "again" / "index.html").is_file()
+    assert run("audit", str(folders / "other"), "--repeat", str(audited), "--output", str(folders / "no"), "--yes") == 2
+    said = capsys.readouterr().err
+    assert "is not the model of" in said
+    assert "network/diffusion_pytorch_model.safetensors" in said
+    assert run("audit", "--repeat", str(audited), "--output", str(audited), "--yes") == 2
+    assert "is the audit that is to be repeated" in capsys.readouterr().err
+    assert run("audit", "--repeat", str(audited), "--output", out, "--prompt", "a") == 2
+    assert "--repeat takes everything from the plan; prompt is given too" in capsys.readouterr().err
+
+
+def test_a_report_is_made_again(audited, capsys):
+    before = (audited / "audit.json").read_text()
+    for name in ("audit.json", "index.html", "spectra.safetensors"):
+        (audited / name).unlink()
+    assert run("report", str(audited)) == 0
+    assert (audited / "audit.json").read_text() == before
+    assert (audited / "index.html").is_file()
+    (audited / "units" / "00004.safetensors").rename(audited / "kept")
+    assert run("report", str(audited)) == 2
+    assert "holds 9 of 10 units. Expected all: run the audit again to continue it" in capsys.readouterr().err
+    (audited / "kept").rename(audited / "units" / "00004.safetensors")
+
+
+def test_ctrl_c_is_one_line_and_what_is_done_is_kept(folders, capsys):
+    """SIGINT to the command itself."""
+    out = folders / "interrupted"
+    arguments = ("audit", str(folders / "model"), "--steps", "6", "--seeds", "0-199", "--output", str(out), "--yes")
+    process = subprocess.Popen([sys.executable, "-m", "diffusers_geometry", *arguments], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while len(list(out.glob("units/*.safetensors"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == f"hf-geometry: stopped; what is finished is kept in {out}. Run the same again to continue."
+    assert "Traceback" not in said
+    assert 2 <= len(list(out.glob("units/*.safetensors"))) < 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--seeds", "3-1"), "--seeds '3-1' is no list of numbers. Expected 0-3, or 0,5,7-9"),
+        (("--seeds", "a"), "--seeds 'a' is no list of numbers"),
+        (("--steps", "0"), "--steps 0 is not possible"),
+        (("--record-steps", "soon"), "--record-steps 'soon' is not a choice of steps"),
+        (("--prompt", "a"), "takes no argument 'prompt'"),
+        (("--prompts", "{folder}/none.txt"), "cannot read --prompts .*none.txt"),
+        (("--prompts", "{folder}/empty.txt"), "--prompts .*empty.txt is empty"),
+        (("--prompts", "{folder}/list.json"), "is no list of the right kind"),
+        (("--labels", "{folder}/maybe.txt"), "holds 'maybe'. Expected 1, 0 or -"),
+        (("--labels", "{folder}/two.txt"), "Expected True, False or None for each of 1 prompts"),
+        (("--scores", "fortune"), r"scores has \['fortune'\]"),
+        (("--publish-as", "book"), "--publish-as 'book' is not known"),
+        (("--reference", "{folder}"), "holds no audit.json"),
+        (("--psi-rank", "9"), "psi_rank=9. Expected at most 8"),
+        (("--dtype", "int8"), "dtype 'int8' is not known"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, folders, capsys):
+    import re
+
+    for name, text in {"empty": "\n", "maybe": "maybe\n", "two": "1\n0\n"}.items():
+        (folders / f"{name}.txt").write_text(text)
+    (folders / "list.json").write_text("[1, 2]")
+    arguments = [a.format(folder=folders) for a in arguments]
+    assert run("audit", str(folders / "model"), "--yes", *arguments, "--output", str(folders / "wrong")) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("hf-geometry: ")
+    assert re.search(message, error), error
+    assert not (folders / "wrong" / "plan.json").exists()
+
+
+def test_numbers():
+    assert numbers("--seeds", "0-3") == [0, 1, 2, 3]
+    assert numbers("--seeds", "5, 0,7 - 9") == [5, 0, 7, 8, 9]
+    with pytest.raises(UsageError, match="'1,'"):
+        numbers("--seeds", "1,")
