@@ -199,8 +199,9 @@ def throughput(scratch, units, rounds):
         pairs.append([rate(scratch / f"rate-{i}-{n}", n, units) for n in (1, 2)])
         print(f"  {pairs[-1][0]:.2f} and {pairs[-1][1]:.2f} units a second, ratio {pairs[-1][1] / pairs[-1][0]:.2f}", flush=True)
     ratios = sorted(two / one for one, two in pairs)
-    said = f"{statistics.median(ratios):.2f} x (median of {rounds} rounds of {units} units, {ratios[0]:.2f} to {ratios[-1]:.2f}; load {load:.1f} before)"
-    return f"{statistics.median(one for one, _ in pairs):.2f} units a second; two processes: {said}"
+    said = f"median of {rounds} rounds of {units} units, {ratios[0]:.2f} to {ratios[-1]:.2f}; load {load:.1f} before"
+    one = statistics.median(one for one, _ in pairs)
+    return f"one process {one:.2f} units a second; two processes {statistics.median(ratios):.2f} x ({said})"
 
 
 def main():
@@ -233,7 +234,7 @@ def main():
             grown = ", ".join(f"{count} units {peaks[count]:.0f} MiB" for count in sorted(peaks))
             said("peak memory of a process", grown)
         if not args.smoke:
-            said("throughput", "one process " + throughput(scratch, 60, 5))
+            said("throughput", throughput(scratch, 60, 5))
     said("on", f"torch {torch.__version__}, {os.cpu_count()} cores, {platform.machine()}")
     if output is not None:
         output.mkdir(exist_ok=True)
