@@ -23,8 +23,8 @@ from .memorization_scores import SCORES, Measured, RunPoint, StepProbe, measure
 from .memorization_scores import Score as Score
 
 DEFAULT_SCORES: tuple[str, ...] = (
-    "guidance_norm", "guidance_shift", "sharpness", "anisotropy", "commitment", "flipd", "flipd_gap", "contraction",
-    "psi", "nu", "nuclear_norm", "spectral_norm",
+    "guidance_norm", "guidance_shift", "sharpness", "anisotropy", "commitment", "flipd", "flipd_gap", "effective_dimension",
+    "contraction", "psi", "nuclear_norm", "spectral_norm",
 )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def score_run(
         points: Recorded steps of one sample, in the order of the run.
         final: The sample that the run ended at, (*dims), in the scheduler's scale of x_0.
         scores: Names in :data:`SCORES`. Those that compare branches are left out where there is no guidance, those of the spectrum
-            where it is not in hand.
+            where there is, or it is not in hand.
         generator: Random probes, the same for every branch and step; a fixed seed by default.
 
     Raises:

@@ -11,8 +11,9 @@ branches predict at x_t, D_c the conditional clean estimate, x_0 the run's final
     commitment      |D_c(x_t) - x_0| / sqrt(d)                  this project: how far the run is from knowing where it ends
     flipd           tr D'_c + |D_c(x_0) - x_0|² / sigma²        Ross et al. 2025, arXiv:2411.00113 (local intrinsic dimension)
     flipd_gap       flipd of c minus flipd of u                 Ross et al. 2025
+    effective_dimension  tr D'_c(x_t)                           this project: directions that the condition leaves open
     contraction     tr D'_u(x_t) - tr D'_c(x_t)                 this project: directions that the condition has closed
-    psi, nu, nuclear_norm, spectral_norm                        of the singular values in hand, at no cost
+    psi, nuclear_norm, spectral_norm                            of the singular values in hand, at no cost, without guidance only
 
 Scores s and their Jacobians H are those of the variance-preserving form x_t / sqrt(alpha_t² + sigma_t²), so that they are what the
 papers took on Stable Diffusion and do not depend on the scheduler. Everything goes through :meth:`Denoiser.epsilon`: a network that
@@ -21,6 +22,10 @@ predicts v, x_0 or flow gives the same numbers as one that predicts epsilon.
 For an exact score H is symmetric, so (H_c - H_u) v is also one reverse product, which spares the forward product's second graph; of
 a trained network the two differ by the asymmetry of its Jacobian. ``sharpness`` takes the forward product, as defined;
 ``sharpness_reverse`` the reverse one.
+
+The spectrum in hand is that of what the sampler follows. With guidance this is D'_w = D'_u + w (D'_c - D'_u), and where D'_c has
+collapsed to nothing (1 - w) D'_u is left, whose singular values for w > 2 are larger and not smaller: it tells nothing of collapse,
+so its scores are left out, and effective_dimension and contraction take D'_c itself. (nu is scale free and has no direction.)
 
 Where alpha_t = 0 the noise says nothing of x_0, both branches predict the same one, and scores of the guidance are left out.
 """
@@ -113,8 +118,8 @@ SCORES: dict[str, Score] = {
         Score("flipd", "tr D'_c(x_0) + |D_c(x_0) - x_0|^2 / sigma^2", *_ROSS, False, 1 + _TRACE, False, False),
         Score("flipd_gap", "flipd_c - flipd_u", *_ROSS, False, 2 + 2 * _TRACE, True, False),
         Score("contraction", "tr D'_u(x_t) - tr D'_c(x_t)", *_OWN, True, 2 * _TRACE, True, False),
+        Score("effective_dimension", "tr D'_c(x_t)", *_OWN, False, _TRACE, False, False),
         Score("psi", f"sum of log s_i, i <= {SPECTRUM_RANK}", *_HUMAYUN, False, 0, False, False),
-        Score("nu", "exp(entropy of s_i / sum s)", *_HUMAYUN, False, 0, False, True),
         Score("nuclear_norm", f"sum of s_i, i <= {SPECTRUM_RANK}", *_OWN, False, 0, False, True),
         Score("spectral_norm", "s_1", *_OWN, False, 0, False, True),
     )
@@ -217,7 +222,8 @@ def measure(name: str, probe: StepProbe) -> Measured | None:
     if score.needs_guidance and not probe.has_guidance:
         return None
     if name in _SPECTRAL:
-        return None if probe.point.singular_values is None else _exact(_SPECTRAL[name](np.asarray(probe.point.singular_values)))
+        values = None if probe.point.conditional is not None else probe.point.singular_values
+        return None if values is None else _exact(_SPECTRAL[name](np.asarray(values)))
     return _TAKEN[name](probe)
 
 
@@ -282,6 +288,12 @@ def _flipd_gap(probe: StepProbe) -> Measured:
     return _sampled(difference, probe.residual("conditional") - probe.residual("unconditional"))
 
 
+def _effective_dimension(probe: StepProbe) -> Measured | None:
+    if probe.point.guided.alpha_t == 0:  # D' is zero for every distribution
+        return None
+    return _sampled(probe.traces("conditional", "x_t"))
+
+
 def _contraction(probe: StepProbe) -> Measured:
     return _sampled(probe.traces("unconditional", "x_t") - probe.traces("conditional", "x_t"))
 
@@ -290,17 +302,12 @@ def _leading(values: np.ndarray) -> np.ndarray:
     return np.maximum(values[:, :SPECTRUM_RANK], np.finfo(np.float32).tiny)
 
 
-def _nu(values: np.ndarray) -> np.ndarray:
-    shares = _leading(values) / _leading(values).sum(axis=1, keepdims=True)
-    return np.exp(-(shares * np.log(shares)).sum(axis=1))
-
-
 _TAKEN: dict[str, Callable[[StepProbe], Measured | None]] = {
     "guidance_norm": _guidance_norm, "guidance_shift": _guidance_shift, "sharpness": _sharpness(False),
     "sharpness_reverse": _sharpness(True), "anisotropy": _anisotropy, "commitment": _commitment, "flipd": _flipd,
-    "flipd_gap": _flipd_gap, "contraction": _contraction,
+    "flipd_gap": _flipd_gap, "effective_dimension": _effective_dimension, "contraction": _contraction,
 }  # fmt: skip
 _SPECTRAL: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "psi": lambda values: np.log(_leading(values)).sum(axis=1), "nu": _nu,
+    "psi": lambda values: np.log(_leading(values)).sum(axis=1),
     "nuclear_norm": lambda values: _leading(values).sum(axis=1), "spectral_norm": lambda values: values[:, 0],
 }  # fmt: skip

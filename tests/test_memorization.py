@@ -65,6 +65,7 @@ def closed_forms(x, final, alpha, sigma):
         "commitment": (clean - final).norm() / math.sqrt(len(x)),
         "flipd": c_flipd,
         "flipd_gap": c_flipd - u_flipd,
+        "effective_dimension": c_kept.trace(),
         "contraction": u_kept.trace() - c_kept.trace(),
     }
 
@@ -232,10 +233,11 @@ def test_without_guidance_scores_of_guidance_are_left_out():
     found = score_run(made, x, DEFAULT_SCORES)
     assert set(found.scores) == {n for n in DEFAULT_SCORES if n not in GUIDANCE}
     assert found.scores["psi"].value == pytest.approx(np.log(values[:8]).sum())
-    shares = values[:8] / values[:8].sum()
-    assert found.scores["nu"].value == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
     assert found.scores["nuclear_norm"].value == pytest.approx(values[:8].sum())
     assert found.scores["spectral_norm"].value == 1
+    u = GaussianDenoiser(*pair()[1]).at(0.8, 0.6)
+    guided = score_run([RunPoint(0.75, x, u, exact.at(0.8, 0.6), u, values)], x, DEFAULT_SCORES).scores
+    assert not {"psi", "nuclear_norm", "spectral_norm"} & set(guided)  # of D'_w, which tells nothing of a collapse
     closed = closed_forms(x, x, 0.8, 0.6)
     assert found.scores["commitment"].value == pytest.approx(float(closed["commitment"]))
 
