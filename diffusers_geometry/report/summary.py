@@ -96,15 +96,20 @@ def _passed(checks: list[dict[str, Any]]) -> str:
     return f"{passed} of {count(len(checks), 'health check')} passed on the runs that finished{more}."
 
 
+def unranked(document: dict[str, Any]) -> str:
+    """Why prompts are not ranked."""
+    if document["request"]["kind"] == "unconditional":
+        return "Prompts are compared with one another, and this model was run without."
+    combined = (document["memorization"] or {}).get("combined") or {}
+    return str(combined.get("certainty") or "No memorisation score was taken.")
+
+
 def _memorised(document: dict[str, Any]) -> Answer:
     question = "Does it recite training images?"
     prompts, memorization = document["prompts"], document["memorization"]
     ranked = [p for p in prompts if p.get("rank") is not None]
     if not memorization or not ranked:
-        reason = ((memorization or {}).get("combined") or {}).get("certainty") or "No memorisation score was taken."
-        if document["request"]["kind"] == "unconditional":
-            reason = "Prompts are compared with one another, and this model was run without."
-        return Answer(question, "plain", "Not measured", [str(reason)])
+        return Answer(question, "plain", "Not measured", [unranked(document)])
     kind = document["request"]["kind"]
     flagged = sorted((p for p in ranked if p.get("flagged")), key=lambda p: p["rank"])
     combined = memorization.get("combined") or {}

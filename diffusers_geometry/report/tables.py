@@ -46,7 +46,7 @@ def unit_table(document: dict[str, Any]) -> dict[str, Any]:
     head += [("phase", "at the smallest noise", False), ("manifold dimension", "clear count of directions", True)]
     head += [(heading(i), "at the smallest noise", True) for i, _ in late]
     head += [(words, f"{which} over the run", True) for _, words, _, which in over]
-    head += [("not finite", "values that are NaN or infinite", True), ("products", "Jacobian products spent", True)]
+    head += [("not finite", "values that are no number or infinite", True), ("products", "Jacobian products spent", True)]
     rows = []
     for unit in document["units"]:
         steps = unit.get("steps") or []

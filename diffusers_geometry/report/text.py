@@ -93,10 +93,12 @@ def interval(value: Mapping[str, Any] | None) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share as per cent, whole where that says enough."""
+    """A share as per cent, whole unless it is within one per cent of none or all."""
     if share is None or not math.isfinite(share):
         return MISSING
-    return f"{100 * share:.0f} %" if share in (0, 1) or 0.01 <= share <= 0.99 else f"{100 * share:.2g} %"
+    away = 100 * min(share, 1 - share)
+    places = 0 if away <= 0 or away >= 1 else -math.floor(math.log10(away))
+    return f"{100 * share:.{places}f} %"
 
 
 def count(number_of: int, one: str, many: str | None = None) -> str:
@@ -145,8 +147,8 @@ def script_json(data: Any) -> Markup:
 
 def markdown(text: Any) -> Markup:
     """Text with nothing of Markdown or HTML in it, for prose and cells of tables."""
-    plain = visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("@", "&#64;")
-    return Markup(_MARKDOWN.sub(r"\\\1", plain))
+    plain = _MARKDOWN.sub(r"\\\1", visible(text)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return Markup(plain.replace("@", "&#64;"))
 
 
 def markdown_code(text: Any, length: int = 120) -> Markup:

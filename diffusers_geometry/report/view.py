@@ -13,7 +13,7 @@ from .charts import Series, legend_mark, phase_chart, phase_mark, step_chart
 from .document import QUANTITIES, Source
 from .memorization import image_rows, memorization_view
 from .spectra import explorer, panels
-from .summary import answers, looked_at
+from .summary import answers, looked_at, unranked
 from .tables import costs, facts, reference_table, step_table, unit_name, unit_table
 from .text import shortened
 
@@ -44,7 +44,8 @@ def view(source: Source) -> dict[str, Any]:
         "map": MAPS.get(options.get("of"), "D'"), "looked_at": looked_at(source), "answers": answers(source),
         "explorer": explorer(source, names, [unit for row in rows for unit in row.units]), "panels": panels(source.spectra, sigmas),
         "charts": _charts(document["geometry"], sigmas, options.get("psi_rank")), "phases": _phases(document["geometry"], sigmas),
-        "steps": step_table(document), "rows": rows, "memorization": memorization_view(document), "health": document["health"],
+        "steps": step_table(document), "rows": rows, "memorization": memorization_view(document),
+        "health": document["health"], "unranked": unranked(document),
         "failed": [(unit, names[i]) for i, unit in enumerate(document["units"]) if unit["status"] != "done"], "names": names,
         "reference": reference_table(document, names), "units": unit_table(document), "costs": costs(document),
         "facts": facts(document), "hashes": sorted((document["model"].get("weights") or {}).items()),

@@ -1,0 +1,453 @@
+"""Reports without a browser: numbers against exact spectra, foreign text that stays text, cuts that are said, refusals."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+import subprocess
+import sys
+import zipfile
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from audit_folders import HOSTILE, SIGMAS, audit_document, spectrum, write_audit
+from markdown_it import MarkdownIt
+from PIL import Image
+from safetensors.numpy import save_file
+
+from diffusers_geometry.report import text as words
+from diffusers_geometry.report import write_report
+from diffusers_geometry.report.document import read_source
+from diffusers_geometry.report.images import thumbnails
+from diffusers_geometry.report.spectra import places, quantiles
+
+ROOT = Path(__file__).parent.parent
+
+
+class Page(HTMLParser):
+    """What a browser would find: tags with attributes, texts, and the raw text of scripts and style."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.texts, self.raw, self.inside = [], [], [], None
+        self.html = path.read_text()
+        self.feed(self.html)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.inside = tag if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, data):
+        (self.raw if self.inside else self.texts).append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+    @property
+    def data(self):
+        return json.loads(self.raw[[t for t, _ in self.tags if t in ("script", "style")].index("script")])
+
+
+def minimal():
+    """One unit of two steps, written by hand."""
+    steps = [
+        {"sigma": None, "phase": "trivial", "psi": -9.25, "psi_sem": 0.5, "psi_rank": 2, "nu": 1.9, "delta": None,
+         "effective_dimension": 0.01, "effective_dimension_sem": 0.002, "gap_dim": 1, "flipd": None, "flipd_sem": None,
+         "spectral_norm": 0.01, "asymmetry": 0.3, "certificate_error": 1e-7, "engine": "replay", "refusal": None, "products": 4,
+         "scores": {}},
+        {"sigma": 0.1, "phase": "consolidation", "psi": -0.125, "psi_sem": 0.0123, "psi_rank": 1, "nu": 1.0, "delta": None,
+         "effective_dimension": 0.98, "effective_dimension_sem": None, "gap_dim": 1, "flipd": None, "flipd_sem": None,
+         "spectral_norm": 0.97, "asymmetry": 0.01, "certificate_error": 2e-7, "engine": "replay", "refusal": None, "products": 4,
+         "scores": {}},
+    ]  # fmt: skip
+    one = {"sem": None, "n": 1}
+    names = ("psi", "nu", "effective_dimension", "gap_dim", "spectral_norm", "asymmetry")
+    geometry = [
+        {n: {"value": s[n], **one} for n in names} | {"delta": None, "flipd": None, "phases": {s["phase"]: 1.0}} for s in steps
+    ]
+    geometry[1]["effective_dimension"] = {"value": 0.98, "sem": 0.0456, "n": 1}
+    document = {
+        "schema": "diffusers_geometry.audit/1", "model": {"name": "/somewhere/a-model", "pipeline": "DDPMPipeline"},
+        "request": {"kind": "unconditional", "prompts": [None], "seeds": [3], "options": {"psi_rank": 16}, "labels": [None]},
+        "plan": {"units": 1, "products": 8, "dimension": 2}, "geometry": geometry,
+        "steps": [{"position": 0, "timestep": 999, "sigma": None, "alpha_t": 0.0, "sigma_t": 1.0},
+                  {"position": 1, "timestep": 0, "sigma": 0.1, "alpha_t": 0.995, "sigma_t": 0.0995}],
+        "manifold_dim": {"value": 1, "sem": None, "n": 1, "share": 1.0}, "memorization": None, "health": None,
+        "out_of_distribution": None, "provenance": {"versions": {}, "repeat": "hf-geometry audit --repeat here"}, "run": None,
+        "prompts": [{"index": 0, "prompt": None, "label": None, "units": [0], "scores": {}, "combined": None, "rank": None}],
+        "units": [{"index": 0, "prompt": 0, "seed": 3, "status": "done", "error": None, "image": None, "steps": steps, "scores": {},
+                   "manifold_dim": 1, "phases": {}, "non_finite": 0, "products": 8, "forwards": 12}],
+    }  # fmt: skip
+    return document, np.array([[[0.01, 0.0], [0.97, 0.01]]], np.float32)
+
+
+def written(folder, *arguments, **options):
+    document, spectra = audit_document(*arguments, **options)
+    return Page(write_report(write_audit(folder, document, spectra))), document, spectra
+
+
+def test_a_minimal_audit_says_its_numbers_with_their_errors(tmp_path):
+    page = Page(write_report(write_audit(tmp_path, *minimal())))
+    for said in ("a-model", "1 of 1 run finished", "1 of 2 directions", "keeps about 0.980 ± 0.046 directions",
+                 "the 16 largest singular", "hf-geometry audit --repeat here", "8 (planned: 8)", "Not measured"):  # fmt: skip
+        assert said in page.text, said
+    assert page.data["sigmas"] == ["∞", "0.1"]
+    assert page.data["units"][0]["numbers"][1][:3] == ["−0.125 ± 0.012", "1", "0.98"]
+    text = (tmp_path / "report.md").read_text()
+    assert "0.980 ± 0.046" in text
+    assert "figures/roc.png" not in text
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["descriptors.png", "spectra.png"]
+
+
+def test_spectra_in_the_page_are_those_of_the_manifold(tmp_path):
+    page, document, _ = written(tmp_path, ["a", "b", "c"], (0, 1, 2, 3), size=40)
+    data, generator = page.data, np.random.default_rng(0)
+    assert data["index"] == list(range(1, 41))
+    variances = []
+    for unit in document["units"]:  # the order in which audit_folders draws them
+        variances.append(generator.uniform(0.7, 1.3))
+        generator.normal()
+        dims = 8 + unit["prompt"] % 3
+        for k, sigma in enumerate(SIGMAS):
+            exact = spectrum(sigma, variances[-1], dims, 40)
+            assert np.allclose(data["units"][unit["index"]]["values"][k], exact, rtol=1e-3, atol=1e-9)
+    first = [v / (v + 1.0) for v in variances]  # sigma = 1, the largest singular value
+    assert data["all"]["middle"][3][0] == pytest.approx(np.median(first), rel=1e-3)
+    assert [data["all"][e][3][0] for e in ("low", "high")] == pytest.approx(np.quantile(first, (0.1, 0.9)), rel=1e-3)
+
+
+def test_quantiles_leave_out_failed_units_and_places_are_dense_at_the_top():
+    values = np.array([[[1.0, 2.0]], [[np.nan, np.nan]], [[3.0, np.nan]]])
+    assert np.allclose(quantiles(values)[:, 0], [[2.0, 2.0], [1.2, 2.0], [2.8, 2.0]])
+    assert np.isnan(quantiles(np.full((2, 1, 1), np.nan))).all()
+    assert places(64).tolist() == list(range(64))
+    index = places(4096)
+    assert len(index) <= 64
+    assert index[:24].tolist() == list(range(24))
+    assert index[-1] == 4095
+    assert (np.diff(index) > 0).all()
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    document, spectra = audit_document(HOSTILE, (0, 1), failed=(3,), memorised=(1,))
+    document["model"]["name"] = "</title><script>alert(2)</script>"
+    document["provenance"]["repeat"] = "hf-geometry audit --repeat '<svg onload=alert(3)>'"
+    document["health"]["checks"][0]["meaning"] = "<iframe src=//evil.example>"
+    document["memorization"]["combined"]["certainty"] = "<b onclick=alert(4)>sure</b>"
+    return write_report(write_audit(folder, document, spectra))
+
+
+def test_foreign_text_stays_text_in_the_page(hostile):
+    page = Page(hostile)
+    scripts = [attributes for tag, attributes in page.tags if tag == "script"]
+    assert scripts == [{"id": "data", "type": "application/json"}, {}]
+    assert {tag for tag, _ in page.tags} & {"iframe", "object", "embed", "form", "base", "link", "b"} <= {"b"}
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        if tag == "img" and "src" in attributes:
+            assert attributes["src"].startswith("data:image/")
+        if "href" in attributes:
+            assert attributes["href"].startswith(("#", "https://")), attributes
+        if "style" in attributes:
+            raise AssertionError("an inline style, which the policy forbids")
+    for said in (*HOSTILE[:4], "<iframe src=//evil.example>", "<b onclick=alert(4)>sure</b>", "'<svg onload=alert(3)>'"):
+        assert " ".join(said.split()) in page.text, said
+    assert HOSTILE[4] in page.text
+    assert "turned [U+202E]around[U+202C], NUL [U+0000] and half a pair [U+D800]" in page.text
+    names = [unit["name"] for unit in page.data["units"]]
+    assert f"{HOSTILE[2]}, seed 0" in names
+    assert "</script" not in page.raw[1]
+
+
+def test_foreign_text_stays_text_in_markdown(hostile):
+    source = (hostile.parent / "report.md").read_text()
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(source)
+    inline = [child for token in tokens for child in token.children or ()]
+    assert not [t for t in (*tokens, *inline) if t.type in ("html_block", "html_inline")]
+    assert not [t for t in inline if t.type == "link_open"]
+    images = [t.attrs["src"] for t in inline if t.type == "image"]
+    assert images == ["figures/spectra.png", "figures/descriptors.png", "figures/memorisation.png"]
+    said = [t.content for t in inline if t.type in ("code_inline", "text")]
+    for prompt in (*HOSTILE[:4], HOSTILE[4]):
+        assert prompt in said, prompt
+    assert "@" not in source.replace(HOSTILE[3], "").replace("\\|", "|").replace(HOSTILE[3], "")
+
+
+@pytest.mark.parametrize("text", ["a|b", "``two``", "`", "<b>", "a\nb", "[x](y)", "@someone", "\\|", "&lt;", "", "x" * 400])
+def test_code_spans_hold_anything(text):
+    cell = words.markdown_code(text)
+    tokens = MarkdownIt("commonmark").enable("table").parse(f"| a | b |\n| --- | --- |\n| {cell} | c |\n")
+    cells = [t for t in tokens if t.type == "inline"]
+    assert len(cells) == 4
+    assert cells[3].content == "c"
+    if text:
+        assert [t.type for t in cells[2].children] == ["code_inline"]
+        assert cells[2].children[0].content == words.shortened(text, 120)
+
+
+def test_markdown_escapes_prose():
+    rendered = MarkdownIt("commonmark", {"html": True}).render(words.markdown("<i>a</i> *b* [c](d) `e` # f - g | h ~i~ &lt; @j"))
+    assert rendered == "<p>&lt;i&gt;a&lt;/i&gt; *b* [c](d) `e` # f - g | h ~i~ &amp;lt; @j</p>\n"
+
+
+def test_the_policy_allows_this_script_and_style_alone(hostile):
+    page = Page(hostile)
+    policy = next(a["content"] for t, a in page.tags if t == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    style, _, script = page.raw
+    for name, raw in (("style-src", style), ("script-src", script)):
+        digest = base64.b64encode(hashlib.sha256(raw.encode()).digest()).decode()
+        assert rules.pop(name) == f"'sha256-{digest}'"
+    assert rules == {"default-src": "'none'", "img-src": "data:", "base-uri": "'none'", "form-action": "'none'"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "said", "not_said"),
+    [
+        ((["a"], (0,)), {"scores": False}, "the only one", "median and the band"),
+        ((["a", "b", "c"], (0,)), {"failed": (0, 1, 2)}, "Nothing could be measured", "Spectra over the run"),
+        (([None], (0, 1)), {"kind": "unconditional", "scores": False}, "without a prompt, with 2 seeds", "seeds each"),
+        (([4, 7, 9], (0, 1)), {"kind": "class_labels"}, "class 7, seed 1", "AUROC of"),
+        ((["a", "b", "c"], (0, 1)), {"labels": [True, False, None], "memorised": (0,)}, "1 prompt known to be memorised, 1", "–."),
+        ((["a", "b", "c"], (0, 1)), {"reference": True}, "The reference is an audit of someone/base", "rank 4"),
+        ((["", " "], (0,)), {}, "(empty prompt), seed 0", "flagged ·"),
+    ],
+    ids=["one", "failed", "unconditional", "classes", "labels", "reference", "empty"],
+)  # fmt: skip
+def test_empty_and_special_cases(tmp_path, arguments, options, said, not_said):
+    page, _, _ = written(tmp_path, *arguments, **options)
+    assert said in page.text or said in json.dumps(page.data)
+    assert not_said not in page.text
+    for wrong in ("None", "nan", "NaN", "inf ", "undefined"):
+        assert not re.search(rf"\b{wrong}\b", page.text), wrong
+    MarkdownIt("commonmark").enable("table").parse((tmp_path / "report.md").read_text())
+
+
+def test_the_page_of_a_large_audit_is_small_and_says_what_it_leaves_out(tmp_path):
+    prompts = [f"prompt {i}" for i in range(25)]
+    document, spectra = audit_document(prompts, (0, 1, 2, 3), size=1024, memorised=(7,))
+    write_audit(tmp_path, document, spectra)
+    generator = np.random.default_rng(1)
+    for unit in document["units"]:  # noise is the worst that a picture can be
+        noise = generator.integers(0, 256, (200, 200, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / unit["image"])
+    path = write_report(tmp_path)
+    page = Page(path)
+    assert path.stat().st_size < 1_500_000
+    shown = sum(t == "img" and "data-unit" in a for t, a in page.tags)
+    rows = int(re.search(r"(\d+) of 25 prompts are shown", page.text)[1])
+    assert 0 < shown == 4 * rows < 100
+    assert "… prompts between these are not shown …" in page.text
+    assert "rank 1 (95 %: 1 to 2) · flagged prompt 7" in page.text
+    assert "rank 25 (95 %: 24 to 25) prompt" in page.text
+    assert f"{len(page.data['index'])} of 1,024 singular values are drawn" in page.text
+    assert len(page.data["units"]) == 100
+    assert len(re.findall(r"<tr><td class=\"number\" data-value=\"\d+\.0\">", page.html)) == 100
+
+
+def test_thumbnails_keep_small_images_and_say_what_is_wrong():
+    images = {0: Image.new("L", (8, 8), 77), 1: Image.new("RGB", (640, 320), (200, 10, 10)), 2: None}
+
+    def picture(unit):
+        if unit == 3:
+            raise ValueError("images/3.png cannot be read: UnidentifiedImageError")
+        return images[unit]
+
+    found = thumbnails(picture, [[0, 1], [2, 3]])
+    assert (found[0].pixelated, found[1].pixelated) == (True, False)
+    assert found[2].uri is None
+    assert found[2].problem is None
+    assert "cannot be read" in found[3].problem
+    decoded = {unit: Image.open(io.BytesIO(base64.b64decode(found[unit].uri.partition(",")[2]))) for unit in (0, 1)}
+    assert np.asarray(decoded[0]).tolist() == np.full((8, 8), 77).tolist()
+    assert decoded[1].size == (128, 64)
+    assert np.abs(np.asarray(decoded[1]).astype(int) - (200, 10, 10)).max() < 6
+    assert list(thumbnails(picture, [[0], [1]], budget=1)) == [0]
+
+
+def test_a_document_cannot_show_files_outside_its_folder(tmp_path):
+    document, spectra = audit_document(["a"], (0,))
+    Image.new("L", (8, 8)).save(tmp_path / "secret.png")
+    (tmp_path / "audit").mkdir()
+    document["units"][0]["image"] = "../secret.png"
+    save_file({"singular_values": spectra}, str(tmp_path / "audit" / "spectra.safetensors"))
+    (tmp_path / "audit" / "audit.json").write_text(json.dumps(document))
+    page = Page(write_report(tmp_path / "audit"))
+    assert "no image, ../secret.png leads out of the folder" in page.text
+    assert not [a for t, a in page.tags if t == "img" and "data-unit" in a]
+    (tmp_path / "audit" / "images").mkdir()
+    (tmp_path / "audit" / "images" / "0.png").write_bytes(b"no image")
+    document["units"][0]["image"] = "images/0.png"
+    (tmp_path / "audit" / "audit.json").write_text(json.dumps(document))
+    assert "images/0.png cannot be read: UnidentifiedImageError" in Page(write_report(tmp_path / "audit")).text
+
+
+def test_folders_that_are_refused(tmp_path):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds neither audit.json nor trace.json. Expected the folder of an audit or a trace"
+    ):
+        write_report(tmp_path)
+    document, spectra = audit_document(["a"], (0,))
+    write_audit(tmp_path, document, spectra)
+    (tmp_path / "spectra.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has audit.json but not spectra.safetensors. Expected both"):
+        write_report(tmp_path)
+    (tmp_path / "spectra.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"spectra.safetensors is damaged: .*. Expected singular_values"):
+        write_report(tmp_path)
+    save_file({"singular_values": spectra[:, :2]}, str(tmp_path / "spectra.safetensors"))
+    with pytest.raises(ValueError, match=r"shape \(1, 2, 64\). Expected \(1, 6, 'k'\)"):
+        write_report(tmp_path)
+    for schema in ("diffusers_geometry.audit/2", None, "other/1"):
+        (tmp_path / "audit.json").write_text(json.dumps(document | {"schema": schema}))
+        with pytest.raises(
+            ValueError, match=r"has schema .*. Expected 'diffusers_geometry.audit/1': use the version that wrote it"
+        ):
+            write_report(tmp_path)
+    (tmp_path / "audit.json").write_text(json.dumps({k: v for k, v in document.items() if k != "units"}))
+    with pytest.raises(ValueError, match="is damaged: it has no units"):
+        write_report(tmp_path)
+    (tmp_path / "audit.json").write_text("{")
+    with pytest.raises(ValueError, match=r"audit.json is damaged: .*. Expected JSON"):
+        write_report(tmp_path)
+    assert not (tmp_path / "index.html").exists()
+
+
+def test_nan_of_somebody_elses_hand_is_not_known(tmp_path):
+    document, spectra = audit_document(["a", "b", "c"], (0, 1))
+    document["geometry"][0]["psi"]["value"] = float("nan")
+    document["units"][0]["steps"][-1]["nu"] = float("inf")
+    page = Page(write_report(write_audit(tmp_path, document, spectra)))
+    assert page.data["all"]["numbers"][0][0] == "–"
+    assert page.data["units"][0]["numbers"][-1][1] == "–"
+
+
+def test_a_trace_is_a_smaller_page(digits_trace):
+    source = read_source(digits_trace)
+    page = Page(write_report(digits_trace))
+    rows = [
+        row
+        for row in json.loads((digits_trace / "rows.json").read_text())
+        if row["step"] == source.document["steps"][-1]["position"]
+    ]
+    for unit, row in zip(page.data["units"], rows, strict=True):
+        assert unit["numbers"][-1][0] == words.with_error(row["psi"], row["psi_sem"])
+        assert unit["phases"][-1] == row["phase"]
+    assert "Geometry of a generation" in page.text
+    assert "Memorisation" not in page.text
+    assert sum(t == "img" and "data-unit" in a for t, a in page.tags) == 2
+    psi = [row["psi"] for row in rows]
+    middle = source.document["geometry"][-1]["psi"]
+    assert (middle["value"], middle["n"]) == (pytest.approx(np.mean(psi)), 2)
+    assert middle["sem"] == pytest.approx(abs(psi[0] - psi[1]) / 2)
+    assert "Geometry of digits" in (digits_trace / "report.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def digits_trace(tmp_path_factory):
+    import torch
+
+    from diffusers_geometry.loading import load_pipeline
+
+    folder = tmp_path_factory.mktemp("trace")
+    pipe = load_pipeline(None, "float32", "cpu")
+    generator = torch.Generator().manual_seed(0)
+    trace = pipe.analyze_geometry(num_inference_steps=6, record_steps=3, batch_size=2, generator=generator, progress=False)
+    trace.save_pretrained(folder)
+    (folder / "rows.json").write_text(json.dumps(trace.rows()))
+    return folder
+
+
+def test_a_real_audit_says_what_its_documents_say(tmp_path):
+    from diffusers_geometry.audit import audit_model
+    from diffusers_geometry.bundled import DIGITS
+
+    audit = audit_model(DIGITS, seeds=(0, 1), output_dir=tmp_path, call={"num_inference_steps": 4}, record_steps=2, progress=False)
+    page = Page(write_report(tmp_path))
+    document = audit.document
+    for i, unit in enumerate(document["units"]):
+        assert page.data["units"][i]["phases"] == [step["phase"] for step in unit["steps"]]
+        told = [words.with_error(step["psi"], step["psi_sem"]) for step in unit["steps"]]
+        assert [numbers[0] for numbers in page.data["units"][i]["numbers"]] == told
+    assert "2 of 2 runs finished" in page.text
+    assert document["model"]["weights_sha256"] in page.text
+    assert sum(t == "img" and "data-unit" in a for t, a in page.tags) == 2
+    assert words.estimate(document["geometry"][-1]["nu"]) in page.text
+    assert words.estimate(document["geometry"][-1]["nu"]) in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "sem", "said"),
+    [
+        (12.345, 0.678, "12.35 ± 0.68"), (-3.14159, 0.0021, "−3.1416 ± 0.0021"), (1234.5, 67.8, "1,234 ± 68"), (5.0, 0.0, "5"),
+        (0.1234567, None, "0.1235"), (None, 0.1, "–"), (float("nan"), 0.1, "–"), (1.0, float("nan"), "1"),
+        (1e-9, 2e-10, "1e−09 ± 2e−10"),
+        (-0.5, 1e-20, "−0.5"), (123456.0, None, "123,456"), (0.25, 0.1, "0.25 ± 0.10"), (1.5, 0.0996, "1.500 ± 0.100"),
+    ],
+)  # fmt: skip
+def test_numbers_with_errors(value, sem, said):
+    assert words.with_error(value, sem) == said
+
+
+def test_other_words():
+    assert words.estimate({"value": 1.5, "sem": None, "n": 1}, "nats") == "1.5 nats (one value)"
+    assert words.estimate({"value": 1.5, "sem": None, "n": 4}) == "1.5 (error not known)"
+    assert words.interval({"value": 0.5, "low": 0.25, "high": 0.75}) == "0.500 (95 %: 0.250 to 0.750)"
+    assert words.interval({"value": 0.5, "low": None, "high": None}) == "0.500 (interval not known)"
+    assert [words.percent(s) for s in (0.0, 1.0, 0.5, 0.004, 0.999, None)] == ["0 %", "100 %", "50 %", "0.4 %", "99.9 %", "–"]
+    assert [words.seconds(s) for s in (0.5, 90, 600, 7200, 200000, None)] == [
+        "0.5 s",
+        "90.0 s",
+        "10.0 min",
+        "2.0 h",
+        "2.3 days",
+        "–",
+    ]
+    assert [words.noise(s) for s in (None, float("inf"), 0.0123456)] == ["∞", "∞", "0.0123"]
+    assert [words.link(u) for u in ("https://a.b/c", "javascript:alert(1)", "file:///etc/passwd", "http://[", None)] == [
+        "https://a.b/c", None, None, None, None
+    ]  # fmt: skip
+    assert words.script_json({"a": "</script><!--\u2028&"}) == '{"a":"\\u003c/script\\u003e\\u003c!--\\u2028\\u0026"}'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        words.script_json([float("nan")])
+
+
+def luminance(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a, b):
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_contrast_of_both_themes():
+    style = (ROOT / "diffusers_geometry" / "report" / "templates" / "report.css").read_text()
+    found = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\);", style)
+    assert len(found) == style.count("light-dark(") >= 14
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    for theme in (1, 2):
+        colours = {line[0]: line[theme] for line in found}
+        for ground in ("page", "surface"):
+            for ink in ("text", "muted", "accent", "good", "bad"):
+                assert contrast(colours[ink], colours[ground]) >= 4.5, (theme, ink, ground)
+            for ink in ("edge", "coverage", "consolidation", "series-0", "series-1", "series-2", "series-3"):
+                assert contrast(colours[ink], colours[ground]) >= 2.8, (theme, ink, ground)
+
+
+def test_the_wheel_holds_the_templates(tmp_path):
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=ROOT, check=True)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    for name in ("report.html.j2", "report.md.j2", "report.css", "report.js"):
+        assert f"diffusers_geometry/report/templates/{name}" in names
