@@ -226,6 +226,9 @@ def test_it_fits_narrow_and_wide(opened, width):
 
 def test_it_prints(opened, page_path):
     page = opened(color_scheme="dark")
+    page.click("#theme")
+    page.click("#theme")
+    assert page.text_content("#theme") == "Theme: dark"  # and light on paper all the same
     document = pypdfium2.PdfDocument(io.BytesIO(page.pdf(prefer_css_page_size=True, print_background=True)))
     texts = [document[i].get_textpage().get_text_range() for i in range(len(document))]
     assert 5 <= len(texts) <= 14
