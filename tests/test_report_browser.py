@@ -1,5 +1,6 @@
 """The page in a real browser (Debian's Chromium): what moves, sorts, prints and can be read; what foreign text cannot do."""
 
+import contextlib
 import io
 import json
 import re
@@ -229,18 +230,19 @@ def test_it_prints(opened, page_path):
     page.click("#theme")
     page.click("#theme")
     assert page.text_content("#theme") == "Theme: dark"  # and light on paper all the same
-    document = pypdfium2.PdfDocument(io.BytesIO(page.pdf(prefer_css_page_size=True, print_background=True)))
-    texts = [document[i].get_textpage().get_text_range() for i in range(len(document))]
-    assert 5 <= len(texts) <= 14
-    joined = " ".join(texts)
-    assert "The run at a glance" in joined
-    assert "Hashes" in joined
-    assert "unet/diffusion_pytorch_model.safetensors" in "".join(joined.split())  # details are open on paper
-    assert "Moment 6 of 6" not in joined
-    corner = document[0].render(scale=1).to_pil().getpixel((3, 3))
-    assert corner == (255, 255, 255)
-    sizes = {tuple(round(s) for s in document[i].get_size()) for i in range(len(document))}
-    assert sizes == {(595, 842), (842, 595)}
+    paper = io.BytesIO(page.pdf(prefer_css_page_size=True, print_background=True))
+    with contextlib.closing(pypdfium2.PdfDocument(paper)) as document:
+        texts = [document[i].get_textpage().get_text_range() for i in range(len(document))]
+        assert 5 <= len(texts) <= 14
+        joined = " ".join(texts)
+        assert "The run at a glance" in joined
+        assert "Hashes" in joined
+        assert "unet/diffusion_pytorch_model.safetensors" in "".join(joined.split())  # details are open on paper
+        assert "Moment 6 of 6" not in joined
+        corner = document[0].render(scale=1).to_pil().getpixel((3, 3))
+        assert corner == (255, 255, 255)
+        sizes = {tuple(round(s) for s in document[i].get_size()) for i in range(len(document))}
+        assert sizes == {(595, 842), (842, 595)}
     assert page.evaluate("document.querySelectorAll('details[open]').length") == 1  # closed again afterwards
 
 
