@@ -28,9 +28,10 @@ from data import all_captions, planted_phrases
 from load import load_zoo
 from shared import load_classifier as load_classifier
 
-from diffusers_geometry import Denoiser
+from diffusers_geometry import Denoiser, golub_kahan_spectrum
+from diffusers_geometry.descriptors import local_rank, local_scaling
 from diffusers_geometry.memorization import score_batch
-from diffusers_geometry.memorization_scores import RunPoint
+from diffusers_geometry.memorization_scores import SPECTRUM_RANK, RunPoint
 from diffusers_geometry.schedule import noise_level
 
 STEPS, GUIDANCE = 20, 3.0
@@ -38,6 +39,7 @@ RECORDED = (0, 7, 14)  # loop positions, sigma 11, 2.4 and 0.7
 CHEAP = ("guidance_norm", "guidance_shift", "anisotropy", "commitment", "sharpness_reverse")
 COSTLY = ("sharpness", "flipd", "flipd_gap", "contraction")
 FIRST_SEED = 1000
+SPECTRUM_PRODUCTS = 48
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Effort:
     ordinary: int = 310
     seeds: int = 4
     costly: int = 1
+    spectra: tuple[int, int, int] = (30, 15, 30)
     batch: int = 12
 
 
@@ -61,6 +64,14 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def some(self, counts: tuple[int, int, int]) -> Prompts:
+        """The first of every kind."""
+        chosen: list[int] = []
+        for kind, count in zip(("planted", "control", "ordinary"), counts, strict=True):
+            members = [i for i, k in enumerate(self.kinds) if k == kind]
+            chosen += members[:: max(1, len(members) // max(count, 1))][:count]
+        return Prompts([self.captions[i] for i in chosen], [self.kinds[i] for i in chosen])
 
     @property
     def planted(self) -> np.ndarray:
@@ -226,6 +237,32 @@ class Bench:
             "flipd as coded": flipd_as_coded(first, x, GUIDANCE),
             "flipd with its Jacobian": flipd_as_coded(first, x, GUIDANCE, missing=False),
         }
+
+    def spectra(self, given: Prompts) -> dict[str, np.ndarray]:
+        """psi, nu and norms of the leading singular values of D' of the guided and the conditional branch, and tr D'_c, (P,).
+
+        One seed, at the middle one of the recorded steps.
+        """
+
+        def one(index: int) -> dict[str, Tensor]:
+            captions = given.captions[index : index + 1]
+            made, embedding = self.generate(captions, [FIRST_SEED + 7 * index]), self.embedding(captions)
+            point = self.points(made["samples"], embedding)[len(RECORDED) // 2]
+            found = {}
+            for name in ("guided", "conditional"):
+                jacobian = getattr(point, name).jacobian(point.x_t[0])
+                spectrum = golub_kahan_spectrum(jacobian, SPECTRUM_RANK, 1e-2, SPECTRUM_PRODUCTS)
+                found[f"psi, {name}"] = local_scaling(spectrum, rank=SPECTRUM_RANK).value
+                found[f"nu, {name}"] = local_rank(spectrum).value
+                found[f"nuclear norm, {name}"] = float(spectrum.singular_values[:SPECTRUM_RANK].sum())
+                found[f"spectral norm, {name}"] = float(spectrum.singular_values[0])
+            run = score_batch([point], made["final"], ["effective_dimension"])[0]
+            return {k: torch.tensor(v, dtype=torch.float64) for k, v in found.items()} | {
+                "trace, conditional": torch.tensor(run.scores["effective_dimension"].value, dtype=torch.float64)
+            }
+
+        parts = [self.kept(f"spectra-{given.captions[i]}".replace(" ", "_"), functools.partial(one, i)) for i in range(len(given))]
+        return {k: torch.stack([p[k] for p in parts]).numpy() for k in parts[0]}
 
     def all_scores(self, given: Prompts, effort: Effort) -> dict[str, np.ndarray]:
         """Of all prompts, (P, seeds, ...)."""

@@ -25,7 +25,7 @@ from diffusers_geometry import GeometryGuidance, guided
 from diffusers_geometry.mitigation import MemorizationObjective
 
 CONFIDENT, FIRST_SEED = 0.9, 50_000
-SHOWN = ("none", "release at 40 %", "lowered to 0.5", "gradient, scale -100")
+SHOWN = ("none", "w = 0.5", "w = 3, then 0 from 20 %", "w = 1, then 0 from 50 %", "gradient, scale -100")
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,13 @@ class Method:
     guidance_scale: float = GUIDANCE
 
 
-def _followed(scale: float, start: float = 0.0) -> Callable[[list[bool]], GeometryGuidance]:
-    options = {"start": start, "stop": 1.0, "normalize": False, "trust_radius": math.inf}
+def _weighted(before: float, after: float, change: float) -> Callable[[list[bool]], GeometryGuidance]:
+    """Guidance weight ``before`` until a share ``change`` of the run, ``after`` it from there."""
+
+    def scale(progress: float) -> float:
+        return (before if progress < change else after) - GUIDANCE
+
+    options = {"start": 0.0, "stop": 1.0, "normalize": False, "trust_radius": math.inf}
     return lambda flagged: GeometryGuidance(MemorizationObjective(flagged, follow="estimates"), scale, **options)
 
 
@@ -51,8 +56,9 @@ METHODS = (
     Method("none"),
     Method("guidance_scale=1.5", guidance_scale=1.5),
     Method("guidance_scale=1", guidance_scale=1.0),
-    *(Method(f"lowered to {w:g}", _followed(w - GUIDANCE)) for w in (0.7, 0.5, 0.0)),
-    *(Method(f"release at {start:.0%}".replace("%", " %"), _followed(-GUIDANCE, start)) for start in (0.3, 0.4, 0.5, 0.6)),
+    *(Method(f"w = {w:g}", _weighted(w, w, 0)) for w in (0.7, 0.5, 0.0)),
+    *(Method(f"w = 3, then 0 from {change:.0%}".replace("%", " %"), _weighted(GUIDANCE, 0, change)) for change in (0.2, 0.3, 0.5)),
+    *(Method(f"w = 1, then 0 from {change:.0%}".replace("%", " %"), _weighted(1, 0, change)) for change in (0.4, 0.5)),
     *(Method(f"gradient, scale {scale:g}", _gradient(scale)) for scale in (-10.0, -100.0)),
 )
 
@@ -122,9 +128,10 @@ class Mitigation:
 
     def spared(self, method: Method) -> bool:
         """Whether in a mixed batch the samples that are not flagged have every bit of an unguided run, and the flagged one not."""
-        captions, latents = [self.planted[0], *self.ordinary[:2]], self.bench.noise(range(3))
+        captions = [self.planted[0], *self.ordinary[:2]]
+        latents, flagged = self.bench.noise(range(len(captions))), [caption == captions[0] for caption in captions]
         call = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "latent"}
         plain = self.bench.pipe(captions, latents=latents.clone(), **call).images
-        with guided(self.bench.pipe, method.guidance([True, False, False])):
+        with guided(self.bench.pipe, method.guidance(flagged)):
             mixed = self.bench.pipe(captions, latents=latents.clone(), **call).images
         return torch.equal(plain[1:], mixed[1:]) and not torch.equal(plain[0], mixed[0])
