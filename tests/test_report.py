@@ -101,7 +101,10 @@ def test_a_minimal_audit_says_its_numbers_with_their_errors(tmp_path):
     assert page.data["sigmas"] == ["∞", "0.1"]
     assert page.data["units"][0]["numbers"][1][:3] == ["−0.125 ± 0.012", "1", "0.98"]
     text = (tmp_path / "report.md").read_text()
-    assert "0.980 ± 0.046" in text
+    tables = MarkdownIt("commonmark").enable("table").render(text)
+    assert tables.count("<table>") == 2
+    assert "<td>0.980 ± 0.046</td>" in tables
+    assert tables.count("<tr>") == 1 + 2 + 1 + text.count("\n| ", text.index("| what | value |")) - 1  # heads, two steps, facts
     assert "figures/roc.png" not in text
     assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["descriptors.png", "spectra.png"]
 

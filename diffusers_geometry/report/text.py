@@ -20,7 +20,7 @@ from markupsafe import Markup
 MISSING = "–"
 _SPACES = str.maketrans({"\n": " ", "\r": " ", "\t": " "})
 _IN_SCRIPT = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$^-])")
+_MARKDOWN = re.compile(r"([\\`*_\[\]#|~$])")
 
 
 def visible(text: Any) -> str:
