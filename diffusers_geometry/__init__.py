@@ -30,6 +30,7 @@ _HOME = {
     "GeometryTrainingCallback": "training_callback",
     "GeometryVectorPipeline": "vector",
     "Jacobian": "jacobian",
+    "MemorizationObjective": "mitigation",
     "Spectrum": "spectrum",
     "TransitionReport": "transition_report",
     "VectorNetwork": "vector",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from .guidance import GeometryGuidance as GeometryGuidance
     from .guidance import guided as guided
     from .jacobian import Jacobian as Jacobian
+    from .mitigation import MemorizationObjective as MemorizationObjective
     from .mixin import GeometryDDIMPipeline as GeometryDDIMPipeline
     from .mixin import GeometryDDPMPipeline as GeometryDDPMPipeline
     from .mixin import GeometryDiTPipeline as GeometryDiTPipeline

@@ -13,7 +13,8 @@ REPRODUCE = Path(__file__).parent.parent / "examples" / "reproduce"
 HELPERS = (  # what scripts share
     "arguments.py", "curved.py", "delta_stability.py", "descriptor_bench.py", "descriptor_rows.py", "digit_classes.py",
     "exact_collapse.py", "guidance_bench.py", "guidance_rows.py", "guidance_study.py", "image_measures.py", "labour.py",
-    "latent_bench.py", "latent_quality.py", "local_figures.py", "local_probe.py", "local_tables.py", "preference_page.py",
+    "latent_bench.py", "latent_quality.py", "local_figures.py", "local_probe.py", "local_tables.py", "memorization_bench.py",
+    "memorization_mitigation.py", "memorization_published.py", "memorization_rows.py", "preference_page.py",
     "resampling.py", "runs.py", "sample_quality.py", "separation.py",
 )  # fmt: skip
 SCRIPTS = sorted(path.name for path in REPRODUCE.glob("*.py") if path.name not in HELPERS)
