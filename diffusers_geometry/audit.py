@@ -167,6 +167,7 @@ def audit_model(
             confirm(plan)
 
     run.prepare(within_limits)
+    AuditPlan(**run.plan["plan"], probe=None).refuse_beyond(max_products, max_seconds)  # also of an audit that goes on
     return Audit(Path(output_dir), run.work(retry_failed=retry_failed, progress=progress))
 
 

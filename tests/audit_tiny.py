@@ -18,7 +18,9 @@ from diffusers_geometry.audit import audit_model
 
 STEPS = {"num_inference_steps": 6}
 TEXT_CALL = {"num_inference_steps": 6, "height": 16, "width": 16, "guidance_scale": 5.0}
-TEXT_OPTIONS = {"call": TEXT_CALL, "record_steps": 2, "spectrum": "golub_kahan", "num_singular_values": 3, "progress": False}
+TEXT_PROBES = {"record_steps": 2, "spectrum": "golub_kahan", "num_singular_values": 3, "probe_tolerance": 0.1, "progress": False}
+TEXT_SCORES = ("guidance_norm", "anisotropy", "commitment", "flipd")
+TEXT_OPTIONS = {"call": TEXT_CALL, "scores": TEXT_SCORES, **TEXT_PROBES}
 
 
 def vector_pipeline(scale=0.3):

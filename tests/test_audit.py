@@ -7,7 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from audit_tiny import STEPS, TEXT_CALL, TEXT_OPTIONS, assert_same, audit_vectors, contents, spectra, text_pipeline, vector_pipeline
+from audit_tiny import (
+    STEPS,
+    TEXT_CALL,
+    TEXT_OPTIONS,
+    TEXT_PROBES,
+    TEXT_SCORES,
+    assert_same,
+    audit_vectors,
+    contents,
+    spectra,
+    text_pipeline,
+    vector_pipeline,
+)
 from PIL import Image
 from tiny import ddpm_pipeline, dit_call, dit_pipeline
 
@@ -37,7 +49,11 @@ def text(tmp_path_factory):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     state = torch.get_rng_state()
+    seen = []
+    hook = pipe.unet.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
     audit = audit_model(pipe, WORDS, seeds=(3, 8), output_dir=folder / "audit", labels=labels, **TEXT_OPTIONS)
+    hook.remove()
+    assert set(seen) == {1}
     assert torch.get_num_threads() == 2
     assert torch.equal(torch.get_rng_state(), state)
     torch.set_num_threads(before)
@@ -57,7 +73,7 @@ def test_a_unit_is_an_analysis_and_its_scores(text):
     assert request.place(3) == (1, 8)
     unit, _, arrays = AuditFolder(audit.folder).read_unit(3, "singular_values", "final_sample", "image")
     call = TEXT_CALL | {"prompt": "b c"}
-    options = {"record_steps": 2, "spectrum": "golub_kahan", "num_singular_values": 3, "psi_rank": 3, "progress": False}
+    options = TEXT_PROBES | {"psi_rank": 3}
     seed = request.random_seed(3, "geometry")
     trace = analyze_geometry(pipe, generator=torch.Generator().manual_seed(8), probe_seed=seed, **call, **options)
     assert np.array_equal(np.concatenate([s.singular_values for s in trace.steps]), arrays["singular_values"])
@@ -76,8 +92,9 @@ def test_a_unit_is_an_analysis_and_its_scores(text):
             step.branch("unconditional").select(0), values[0],
         ) for step, values in zip(recording, [s.singular_values for s in trace.steps], strict=True)
     ]  # fmt: skip
-    scored = score_run(points, recording.final_sample[0], generator=probe_generator(request.random_seed(3, "memorisation")))
-    assert set(unit["scores"]) == set(DEFAULT_SCORES)
+    generator = probe_generator(request.random_seed(3, "memorisation"))
+    scored = score_run(points, recording.final_sample[0], TEXT_SCORES, generator=generator)
+    assert set(unit["scores"]) == set(TEXT_SCORES)
     assert {name: score["value"] for name, score in unit["scores"].items()} == {n: e.value for n, e in scored.scores.items()}
     assert unit["forwards"] == 6 * 2 + scored.forwards
     assert unit["products"] == sum(step.products for step in trace.steps) > 0
@@ -120,7 +137,7 @@ def test_the_summary_is_of_the_units(text):
     assert agreement["n"] == 2
     scores = {
         name: np.array([u["scores"].get(name, {"value": np.nan})["value"] for u in document["units"]]).reshape(4, 2)
-        for name in DEFAULT_SCORES
+        for name in TEXT_SCORES
     }
     scores["agreement"] = np.array([np.nan if p["agreement"] is None else p["agreement"]["value"] for p in document["prompts"]])
     ranking = rank_prompts(scores, [False, None, None, True])
@@ -130,8 +147,8 @@ def test_the_summary_is_of_the_units(text):
     assert document["memorization"]["combined"]["certainty"] == ranking.certainty
     assert [p["label"] for p in document["prompts"]] == [False, None, None, True]
     named = {score["name"]: score for score in document["memorization"]["scores"]}
-    assert set(named) == {*DEFAULT_SCORES, "agreement"}
-    assert named["sharpness"]["url"] == "https://arxiv.org/abs/2412.04140"
+    assert set(named) == {*TEXT_SCORES, "agreement"}
+    assert named["guidance_norm"]["url"] == "https://arxiv.org/abs/2407.21720"
     again = summarise(folder)
     assert json.dumps(again, sort_keys=True) == json.dumps(document, sort_keys=True)
     assert document == Audit.from_folder(audit.folder).document
@@ -213,6 +230,9 @@ def test_limits_are_kept_before_anything_is_spent(tmp_path):
     with pytest.raises(ValueError, match="max_seconds=1e-09 is less than the audit needs"):
         audit_vectors(tmp_path / "no", max_seconds=1e-9)
     assert not (tmp_path / "no").exists()
+    audit_vectors(tmp_path / "begun", 2)
+    with pytest.raises(ValueError, match="max_products=47 is less than the audit needs, 48"):
+        audit_vectors(tmp_path / "begun", 2, max_products=47)
     assert audit_vectors(tmp_path / "yes", 2, max_products=288, probe_products=8).document["plan"]["products"] == 48
     with pytest.raises(ValueError, match="max_products=7 cannot be met"):
         audit_vectors(tmp_path / "no", 2, probe_products=7)
@@ -362,7 +382,7 @@ def test_false_alarms_are_as_rare_as_stated():
     """Units drawn like the reference's, from a skew distribution: flagged at most as often as it says."""
     generator = np.random.default_rng(0)
     flagged, count = 0, 0
-    for _ in range(60):
+    for _ in range(120):
         units = [_drawn(i, generator) for i in range(79 + 20)]
         reference = reference_document(
             {"units": units[:79], "model": {"name": "r"}, "steps": [{"position": 0}, {"position": 5}]}, "00"

@@ -91,13 +91,13 @@ def test_prompts_labels_and_a_poisoned_prompt_from_files(folders, tmp_path, caps
     arguments = ("audit", str(folders / "text"), "--steps", "4", "--record-steps", "1", "--seeds", "5", "--yes", "--json")
     options = ("--call", "height=16", "--call", "width=16", "--spectrum", "golub_kahan", "--num-singular-values", "2")
     files = ("--prompts", str(tmp_path / "prompts.txt"), "--labels", str(tmp_path / "labels.txt"))
-    options += ("--scores", "guidance_norm,psi")
+    options += ("--scores", "guidance_norm,commitment")
     assert run(*arguments, *options, *files, "--output", str(tmp_path / "out")) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["request"]["prompts"] == ["a", "b c", "d"]
     assert document["request"]["labels"] == [False, None, True]
     assert [unit["status"] for unit in document["units"]] == ["done", "done", "failed"]
-    assert set(document["units"][0]["scores"]) == {"guidance_norm", "psi"}
+    assert set(document["units"][0]["scores"]) == {"guidance_norm", "commitment"}
     assert document["request"]["call"] == {"height": 16, "width": 16, "num_inference_steps": 4}
     assert (tmp_path / "out" / "images" / "00001.png").is_file()
     page = (tmp_path / "out" / "index.html").read_text()
