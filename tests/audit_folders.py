@@ -211,7 +211,7 @@ def write_audit(folder, document, spectra, side=28):
     (folder / "images").mkdir(parents=True, exist_ok=True)
     (folder / "audit.json").write_text(json.dumps(document))
     sigma = np.full(spectra.shape[:2], np.nan)
-    save_file({"singular_values": spectra, "sigma": sigma}, str(folder / "spectra.safetensors"))
+    save_file({"singular_values": np.ascontiguousarray(spectra), "sigma": sigma}, str(folder / "spectra.safetensors"))
     for unit in document["units"]:
         if unit["image"]:
             rows, columns = np.mgrid[:side, :side] / side

@@ -257,6 +257,21 @@ def test_the_page_of_a_large_audit_is_small_and_says_what_it_leaves_out(tmp_path
     assert len(re.findall(r"<tr><td class=\"number\" data-value=\"\d+\.0\">", page.html)) == 100
 
 
+def test_a_long_run_is_thinned_with_both_ends(tmp_path):
+    document, spectra = audit_document(["a", "b", "c"], (0,))
+    copies = np.repeat(np.arange(len(SIGMAS)), 40)
+    document |= {name: [document[name][i] for i in copies] for name in ("steps", "geometry")}
+    for unit in document["units"]:
+        unit["steps"] = [unit["steps"][i] for i in copies]
+    path = write_report(write_audit(tmp_path, document, spectra[:, copies]))
+    page = Page(path)
+    assert path.stat().st_size < 500_000
+    assert len(page.data["sigmas"]) == 60
+    assert (page.data["sigmas"][0], page.data["sigmas"][-1]) == ("80", "0.05")
+    assert np.allclose(page.data["units"][0]["values"][-1], spectra[0, -1], rtol=1e-3)
+    assert "60 of 240 recorded moments are drawn" in page.text
+
+
 def test_thumbnails_keep_small_images_and_say_what_is_wrong():
     images = {0: Image.new("L", (8, 8), 77), 1: Image.new("RGB", (640, 320), (200, 10, 10)), 2: None}
 
@@ -307,7 +322,7 @@ def test_folders_that_are_refused(tmp_path):
     (tmp_path / "spectra.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"spectra.safetensors is damaged: .*. Expected singular_values"):
         write_report(tmp_path)
-    save_file({"singular_values": spectra[:, :2]}, str(tmp_path / "spectra.safetensors"))
+    save_file({"singular_values": np.ascontiguousarray(spectra[:, :2])}, str(tmp_path / "spectra.safetensors"))
     with pytest.raises(ValueError, match=r"shape \(1, 2, 64\). Expected \(1, 6, 'k'\)"):
         write_report(tmp_path)
     for schema in ("diffusers_geometry.audit/2", None, "other/1"):

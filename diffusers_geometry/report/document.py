@@ -10,7 +10,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from ..trajectory import JSON_NAME as TRACE_NAME
 from ..trajectory import GeometryTrace
 
 SCHEMA, AUDIT_NAME, SPECTRA_NAME = "diffusers_geometry.audit/1", "audit.json", "spectra.safetensors"
+MOMENTS = 60  # that are drawn
 # Name in audit.json, heading, unit.
 QUANTITIES = (
     ("psi", "ψ", "nats"), ("nu", "ν", "directions"), ("effective_dimension", "effective dimension", "directions"),
@@ -66,6 +67,17 @@ def read_source(folder: str | os.PathLike) -> Source:
     if (path / TRACE_NAME).is_file():
         return _from_trace(path, GeometryTrace.from_pretrained(path))
     raise FileNotFoundError(f"{path} holds neither {AUDIT_NAME} nor {TRACE_NAME}. Expected the folder of an audit or a trace.")
+
+
+def thinned(source: Source, most: int = MOMENTS) -> Source:
+    """The same with at most ``most`` recorded steps, spread evenly over the run and with both its ends."""
+    document = source.document
+    if len(document["steps"]) <= most:
+        return source
+    kept = np.unique(np.linspace(0, len(document["steps"]) - 1, most).round().astype(int))
+    units = [unit | {"steps": [unit["steps"][i] for i in kept] if unit.get("steps") else []} for unit in document["units"]]
+    fewer = {name: [document[name][i] for i in kept] for name in ("steps", "geometry")}
+    return replace(source, document=document | fewer | {"units": units}, spectra=source.spectra[:, kept])
 
 
 def _read_audit(path: Path) -> Source:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..viz import PHASE_COLOURS, figure_bytes
-from .document import QUANTITIES, Source
-from .spectra import quantiles
+from .document import QUANTITIES, Source, thinned
+from .spectra import places, quantiles
 from .text import interval, noise, words
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ _MARKERS = ("o", "s", "^", "D")
 
 def figures(source: Source) -> dict[str, bytes]:
     """File name to PNG of every figure that the folder has numbers for."""
+    source = thinned(source)
     document = source.document
     drawn = {
         "spectra.png": _spectra(source), "descriptors.png": _descriptors(document),
@@ -39,15 +40,15 @@ def _spectra(source: Source) -> Figure | None:
 
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
-    middle, _, _ = quantiles(source.spectra)
+    places_shown = places(source.spectra.shape[2])
+    middle, _, _ = quantiles(source.spectra[:, :, places_shown])
     steps = source.document["steps"]
-    index = np.arange(1, middle.shape[1] + 1)
     shown = [i for i in range(len(steps)) if np.isfinite(middle[i]).any()]
     labelled = set(np.array(shown)[np.unique(np.linspace(0, len(shown) - 1, min(8, len(shown))).round().astype(int))].tolist())
     for place, i in enumerate(shown):
         colour = colormaps["viridis"](0.92 * place / max(len(shown) - 1, 1))
         label = f"σ = {noise(steps[i]['sigma'])}" if i in labelled else None
-        axes.plot(index, middle[i], color=colour, linewidth=1.5, label=label)
+        axes.plot(places_shown + 1, middle[i], color=colour, linewidth=1.5, label=label)
     axes.set_xlabel("index of singular value")
     axes.set_ylabel("singular value (median over runs)")
     axes.set_ylim(bottom=0)

@@ -87,7 +87,9 @@ def _row(document: dict[str, Any], prompt: dict[str, Any], units: list[int], ima
 def rank_text(prompt: dict[str, Any]) -> str:
     """ "3 (95 %: 2 to 5)"; the interval where it is known."""
     between = prompt.get("rank_interval")
-    return f"{prompt['rank']}" + (f" (95 %: {between[0]} to {between[1]})" if between else "")
+    if not between:
+        return str(prompt["rank"])
+    return f"{prompt['rank']} (95 %: {between[0]}" + (f" to {between[1]})" if between[1] != between[0] else ")")
 
 
 def memorization_view(document: dict[str, Any]) -> dict[str, Any] | None:

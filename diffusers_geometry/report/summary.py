@@ -120,12 +120,16 @@ def _memorised(document: dict[str, Any]) -> Answer:
         text.append(f"Most suspicious: {names}{more}.")
     else:
         text.append(f"Of {count(len(ranked), 'ranked prompt')} none stands out above the threshold.")
-    if combined.get("certainty"):
-        text.append(str(combined["certainty"]))
+    known = [[p for p in flagged if p.get("label") is label] for label in (True, False)]
+    if any(known):
+        text.append(f"Of those flagged, {len(known[0])} are known to be memorised and {len(known[1])} known not to be.")
     if (combined.get("auroc") or {}).get("value") is not None:
-        text.append(f"Where the answer is known, the score ranks a memorised prompt above another with a probability (AUROC) of "
-                    f"{interval(combined['auroc'])}.")  # fmt: skip
-    short = f"{count(len(flagged), 'prompt')} of {len(ranked)} {'looks' if len(flagged) == 1 else 'look'} memorised"
+        labels = [p.get("label") for p in prompts]
+        text.append(f"On {labels.count(True)} prompts known to be memorised and {labels.count(False)} known not to be, the score "
+                    f"puts a memorised one first with a probability (AUROC) of {interval(combined['auroc'])}.")  # fmt: skip
+    elif combined.get("certainty"):
+        text.append(str(combined["certainty"]))
+    short = f"{count(len(flagged), 'prompt')} of {len(ranked)} {'is' if len(flagged) == 1 else 'are'} flagged as memorised"
     return Answer(question, "bad" if flagged else "good", short if flagged else "No prompt is flagged", text, "memorisation")
 
 

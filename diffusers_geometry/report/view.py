@@ -1,7 +1,8 @@
 """A folder as its page needs it: every number as text with its error, every chart drawn, the data of the slider in one document.
 
 The templates only place what stands here. Large audits are cut where a page must be: images to a budget of bytes, spectra of single
-runs to a budget of numbers. Each cut is said on the page; the table of runs and the ranking chart are never cut.
+runs to a budget of numbers, charts to 60 recorded steps. Each cut is said on the page; the table of runs and the ranking chart are
+never cut.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 from ..viz import PHASE_COLOURS
 from .charts import Series, legend_mark, phase_chart, phase_mark, step_chart
-from .document import QUANTITIES, Source
+from .document import QUANTITIES, Source, thinned
 from .memorization import image_rows, memorization_view
 from .spectra import explorer, panels
 from .summary import answers, looked_at, unranked
@@ -37,14 +38,15 @@ def view(source: Source) -> dict[str, Any]:
     document = source.document
     options = document["request"].get("options") or {}
     names = [unit_name(document, unit) for unit in document["units"]]
-    sigmas = [step["sigma"] for step in document["steps"]]
+    drawn = thinned(source)
+    geometry, sigmas = drawn.document["geometry"], [step["sigma"] for step in drawn.document["steps"]]
     rows = image_rows(source)
     return {
         "kind": source.kind, "document": document, "title": shortened(_short_name(document), 100),
         "map": MAPS.get(options.get("of"), "D'"), "looked_at": looked_at(source), "answers": answers(source),
-        "explorer": explorer(source, names, [unit for row in rows for unit in row.units]), "panels": panels(source.spectra, sigmas),
-        "charts": _charts(document["geometry"], sigmas, options.get("psi_rank")), "phases": _phases(document["geometry"], sigmas),
-        "steps": step_table(document), "rows": rows, "memorization": memorization_view(document),
+        "explorer": explorer(drawn, names, [unit for row in rows for unit in row.units]), "panels": panels(drawn.spectra, sigmas),
+        "charts": _charts(geometry, sigmas, options.get("psi_rank")), "phases": _phases(geometry, sigmas),
+        "moments": len(sigmas), "steps": step_table(document), "rows": rows, "memorization": memorization_view(document),
         "health": document["health"], "unranked": unranked(document),
         "failed": [(unit, names[i]) for i, unit in enumerate(document["units"]) if unit["status"] != "done"], "names": names,
         "reference": reference_table(document, names), "units": unit_table(document), "costs": costs(document),
