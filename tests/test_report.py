@@ -421,6 +421,7 @@ def test_other_words():
     assert words.estimate({"value": 1.5, "sem": None, "n": 4}) == "1.5 (error not known)"
     assert words.interval({"value": 0.5, "low": 0.25, "high": 0.75}) == "0.500 (95 %: 0.250 to 0.750)"
     assert words.interval({"value": 0.5, "low": None, "high": None}) == "0.500 (interval not known)"
+    assert words.interval({"value": 1.0, "low": 1.0, "high": 1.0}) == "1.000 (resampling these prompts gives no interval)"
     assert [words.percent(s) for s in (0.0, 1.0, 0.5, 0.004, 0.999, None)] == ["0 %", "100 %", "50 %", "0.4 %", "99.9 %", "–"]
     assert [words.seconds(s) for s in (0.5, 90, 600, 7200, 200000, None)] == [
         "0.5 s",

@@ -89,6 +89,8 @@ def interval(value: Mapping[str, Any] | None) -> str:
         return MISSING
     if value.get("low") is None or value.get("high") is None:
         return f"{value['value']:.3f} (interval not known)"
+    if value["low"] == value["high"]:  # where no pair is in the wrong order the bootstrap has nothing to vary
+        return f"{value['value']:.3f} (resampling these prompts gives no interval)"
     return f"{value['value']:.3f} (95 %: {value['low']:.3f} to {value['high']:.3f})"
 
 
