@@ -23,7 +23,7 @@ from .memorization_scores import SCORES, Measured, RunPoint, StepProbe, measure
 from .memorization_scores import Score as Score
 
 DEFAULT_SCORES: tuple[str, ...] = (
-    "guidance_norm", "guidance_shift", "sharpness", "anisotropy", "commitment", "flipd", "flipd_gap", "effective_dimension",
+    "guidance_norm", "guidance_shift", "sharpness_reverse", "anisotropy", "commitment", "flipd", "flipd_gap", "effective_dimension",
     "contraction", "psi", "nuclear_norm", "spectral_norm",
 )  # fmt: skip
 

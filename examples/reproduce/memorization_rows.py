@@ -11,10 +11,9 @@ from memorization_mitigation import Outcome
 
 from diffusers_geometry.memorization import cross_seed_agreement, rank_prompts
 from diffusers_geometry.memorization_metrics import Interval, auroc, bootstrap, tpr_at_fpr
-from diffusers_geometry.memorization_scores import PROMPT_SCORES, SCORES
+from diffusers_geometry.memorization_scores import LONE_REVERSE, PROMPT_SCORES, SCORES
 
 FREE = ("guidance_norm", "guidance_shift", "anisotropy", "commitment")  # of the run's own network outputs
-LONE_VJP = 3.2  # forwards of a single reverse product
 MARKS = (("AUROC", 0.98), ("true positive rate at 1 % false positives", 0.8))
 
 
@@ -73,8 +72,8 @@ def published_rows(found: dict[str, np.ndarray]) -> list[Row]:
         ),
         ("its cosine", "over channels at every pixel, averaged", 2, p["cosine per pixel"]),
         ("its cosine, whole vectors", "<e_u, e_c - e_u> / (|e_u| |e_c - e_u|)", 2, p["cosine whole"]),
-        ("FLIPD at x_T, as coded", "one Gaussian probe, no Jacobian of e_u", 2 + 2 * LONE_VJP, -p["flipd as coded"]),
-        ("FLIPD at x_T, whole Jacobian", "one Gaussian probe", 2 + 2 * LONE_VJP, -p["flipd with its Jacobian"]),
+        ("FLIPD at x_T, as coded", "one Gaussian probe, no Jacobian of e_u", 2 + 2 * LONE_REVERSE, -p["flipd as coded"]),
+        ("FLIPD at x_T, whole Jacobian", "one Gaussian probe", 2 + 2 * LONE_REVERSE, -p["flipd with its Jacobian"]),
     ]
     return [Row(name, how, "", total, total, values) for name, how, total, values in rows]
 
@@ -114,6 +113,24 @@ def combined(
     values = np.array([p.combined.value for p in ranking.prompts])
     row = Row("all together", "logistic regression of those above", "diffusers_geometry", extra, 2 * STEPS + extra, values)
     return row, ranking.weights, ranking.threshold
+
+
+def unlabelled(found: dict[str, np.ndarray], given: Prompts) -> dict[str, int]:
+    """What an audit without labels makes of all captions: how many planted ones are among the first, and what is flagged."""
+    names = [name for name in (*CHEAP, *COSTLY) if name != "sharpness"]  # as in an audit
+    ranking, planted = rank_prompts({name: found[name] for name in names}, draws=20), given.planted
+    ranks, flagged = np.array([p.rank for p in ranking.prompts]), np.array([p.flagged for p in ranking.prompts])
+    return {
+        "first": int((ranks[planted] <= planted.sum()).sum()), "last": int(ranks[planted].max()), "all": len(planted),
+        "found": int(flagged[planted].sum()), "planted": int(planted.sum()), "wrong": int(flagged[~planted].sum()),
+    }  # fmt: skip
+
+
+def asymmetry(found: dict[str, np.ndarray]) -> float:
+    """Median relative difference of the reverse product's sharpness from the forward one's."""
+    both = np.isfinite(found["sharpness"])
+    forward, reverse = found["sharpness"][both], found["sharpness_reverse"][both]
+    return float(np.median(np.abs(reverse - forward) / forward))
 
 
 def marks(rows: list[Row], planted: np.ndarray, held: np.ndarray) -> list[str]:
