@@ -94,6 +94,8 @@ def written(folder, *arguments, **options):
 
 
 def test_a_minimal_audit_says_its_numbers_with_their_errors(tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "roc.png").write_bytes(b"of an earlier report")
     page = Page(write_report(write_audit(tmp_path, *minimal())))
     for said in ("a-model", "1 of 1 run finished", "1 of 2 directions", "keeps about 0.980 ± 0.046 directions",
                  "the 16 largest singular", "hf-geometry audit --repeat here", "8 (planned: 8)", "Not measured"):  # fmt: skip

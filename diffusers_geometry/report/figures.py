@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FIGURES = ("spectra.png", "descriptors.png", "memorisation.png", "roc.png")
 COLOURS = ("#1f78b4", "#33a02c", "#6a3d9a", "#e31a1c")
 _MARKERS = ("o", "s", "^", "D")
 
@@ -24,10 +25,7 @@ def figures(source: Source) -> dict[str, bytes]:
     """File name to PNG of every figure that the folder has numbers for."""
     source = thinned(source)
     document = source.document
-    drawn = {
-        "spectra.png": _spectra(source), "descriptors.png": _descriptors(document),
-        "memorisation.png": _ranking(document), "roc.png": _roc(document),
-    }  # fmt: skip
+    drawn = dict(zip(FIGURES, (_spectra(source), _descriptors(document), _ranking(document), _roc(document)), strict=True))
     return {name: figure_bytes(figure, name) for name, figure in drawn.items() if figure is not None}
 
 

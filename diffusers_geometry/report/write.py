@@ -14,7 +14,7 @@ from markupsafe import Markup
 from .. import __version__
 from ..storage import write_together
 from .document import Source, read_source
-from .figures import figures
+from .figures import FIGURES, figures
 from .memorization import rank_text
 from .text import estimate, link, markdown, markdown_code, number, prompt_name, script_json, visible, words
 from .view import view
@@ -35,7 +35,10 @@ def write_report(folder: str | os.PathLike) -> Path:
     source = read_source(folder)
     page, text = render(source)
     path = Path(folder)
-    write_together(path / "figures", figures(source))
+    drawn = figures(source)
+    write_together(path / "figures", drawn)
+    for name in set(FIGURES) - set(drawn):  # of an earlier report, of which there is nothing to draw now
+        (path / "figures" / name).unlink(missing_ok=True)
     write_together(path, {"index.html": page.encode(), "report.md": text.encode()})
     return path / "index.html"
 
