@@ -68,7 +68,8 @@ def _ranking(request: AuditRequest, values: dict[str, np.ndarray]) -> tuple[Rank
     compared = np.any([np.isfinite(v.reshape(len(v), -1)).any(axis=1) for v in values.values()], axis=0).sum()
     common = [n for n, v in values.items() if np.isfinite(v.reshape(len(v), -1)).any(axis=1).sum() == compared]
     if compared < LEAST_PROMPTS or not common:
-        return None, f"{compared} prompts have scores; at least {LEAST_PROMPTS} are needed to compare prompts with one another."
+        have = "1 prompt has" if compared == 1 else f"{compared} prompts have"
+        return None, f"{have} scores; at least {LEAST_PROMPTS} are needed to compare prompts with one another."
     labels = request.labels if any(label is not None for label in request.labels) else None
     return rank_prompts(values, labels), ""
 

@@ -292,7 +292,7 @@ def test_class_labels_and_no_guidance(tmp_path):
     assert "guidance_norm" not in plain.document["units"][0]["scores"]
     assert "commitment" in plain.document["units"][0]["scores"]
     assert plain.document["prompts"][0]["prompt"] is None
-    assert "1 prompts have scores; at least 3 are needed" in plain.document["memorization"]["combined"]["certainty"]
+    assert "1 prompt has scores; at least 3 are needed" in plain.document["memorization"]["combined"]["certainty"]
 
 
 def test_another_model_or_request_is_refused(tmp_path):

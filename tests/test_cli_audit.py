@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import hub_server
 import pytest
 import torch
 from audit_tiny import text_pipeline, vector_pipeline
@@ -165,6 +166,34 @@ def test_ctrl_c_is_one_line_and_what_is_done_is_kept(folders, capsys):
     assert said.splitlines()[-1] == f"hf-geometry: stopped; what is finished is kept in {out}. Run the same again to continue."
     assert "Traceback" not in said
     assert 2 <= len(list(out.glob("units/*.safetensors"))) < 200
+
+
+def test_a_private_model_of_the_hub_is_pinned_repeated_and_its_audit_published(folders, tmp_path, monkeypatch, capfd):
+    """A real server: the commit is stored, a later push changes nothing, and no file shows the token."""
+    hub_server.isolate(monkeypatch, tmp_path / "home")
+    monkeypatch.setenv("HF_TOKEN", hub_server.OWNER)
+    files, changed = (
+        {str(p.relative_to(folders / name)): p.read_bytes() for p in (folders / name).rglob("*") if p.is_file()}
+        for name in ("model", "other")
+    )
+    with hub_server.running() as hub:
+        hub_server.point(monkeypatch, hub.endpoint)
+        sha = hub.add("owner/vectors", files, private=True)
+        arguments = ("audit", "owner/vectors", *COMMON, "--seeds", "0,1", "--output", str(tmp_path / "out"), "--yes")
+        assert run(*arguments, "--publish", "owner/audit") == 0
+        assert f"{hub.endpoint}/datasets/owner/audit" in capfd.readouterr().out
+        assert {"audit.json", "index.html", "plan.json"} <= set(hub.repos["dataset", "owner/audit"].files())
+        document = json.loads((tmp_path / "out" / "audit.json").read_text())
+        assert (document["model"]["name"], document["model"]["revision"]) == ("owner/vectors", sha)
+        repository = hub.repos["model", "owner/vectors"]
+        assert repository.commit("main", changed, sha) != sha
+        assert run("audit", "--repeat", str(tmp_path / "out"), "--output", str(tmp_path / "again"), "--yes") == 0
+        assert "0 moved beyond their errors" in capfd.readouterr().out
+        assert run(*arguments) == 2
+        assert "holds another audit: model revision was" in capfd.readouterr().err
+    texts = [p.read_bytes() for folder in ("out", "again") for p in (tmp_path / folder).rglob("*") if p.is_file()]
+    assert len(texts) > 15
+    assert not any(hub_server.OWNER.encode() in text for text in texts)
 
 
 @pytest.mark.parametrize(
