@@ -8,7 +8,8 @@ The exact psi at x_t costs a spectrum, and its gradient another; a network train
 Labels differ more between noise levels than within one, so they are compared within a level. Per level (a loop position of the
 labelled runs) the head "bins" predicts in which of K quantile bins of the level's labels the sample is, the paper's discretisation;
 the expected label is Σ p_k centre_k(sigma), centres being the mean label of a bin, interpolated in log sigma between levels. The
-head "value" predicts mean and log variance of the label standardised by the level's mean and standard deviation.
+head "value" predicts mean and log variance of the label standardised by the level's mean and standard deviation; so does the head
+"kernel", in closed form from the features of a frozen trunk, for few labels (:mod:`.reward_kernel`).
 
 Samples of shape (C, H, W) pass a convolutional trunk, (C, F, H, W) frame by frame and averaged, packed latents (L, C) and vectors
 (d,) a token trunk.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -26,11 +27,12 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .reward_kernel import MOST_ANCHORS, KernelReadout
 from .reward_networks import network_trunk
 from .reward_trunks import GROUPS, ConvolutionalTrunk, TokenTrunk
 
 Descriptor = Literal["psi", "nu", "delta"]
-Head = Literal["bins", "value"]
+Head = Literal["bins", "value", "kernel"]
 FREQUENCIES, HEAD_WIDTH = 8, 128
 _HUB_OPTIONS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
@@ -41,7 +43,7 @@ class GeometryReward(ModelMixin, ConfigMixin):
     Args:
         sample_shape: Of one sample without its batch axis: (C, H, W), (C, F, H, W), (L, C) or (d,).
         descriptor: What the labels are.
-        head: "bins" or "value".
+        head: "bins", "value" or "kernel".
         num_levels: Noise levels with label statistics of their own.
         num_bins: K, of the head "bins".
         width: Channels of the first stage, a multiple of 8.
@@ -52,6 +54,7 @@ class GeometryReward(ModelMixin, ConfigMixin):
         network: Config of a network whose first half is the trunk, instead of width, stages and blocks; see
             :mod:`.reward_networks`.
         num_timesteps: Of that network's schedule.
+        num_anchors: Training samples that the head "kernel" keeps.
 
     Raises:
         ValueError: a shape, width, head or descriptor that is not one of these.
@@ -72,10 +75,18 @@ class GeometryReward(ModelMixin, ConfigMixin):
         psi_rank: int | None = None,
         network: dict[str, Any] | None = None,
         num_timesteps: int = 1000,
+        num_anchors: int = 0,
     ) -> None:
         super().__init__()
-        if descriptor not in ("psi", "nu", "delta") or head not in ("bins", "value"):
-            raise ValueError(f"descriptor={descriptor!r}, head={head!r}. Expected 'psi', 'nu' or 'delta', and 'bins' or 'value'.")
+        if descriptor not in ("psi", "nu", "delta") or head not in get_args(Head):
+            raise ValueError(
+                f"descriptor={descriptor!r}, head={head!r}. Expected 'psi', 'nu' or 'delta', and one of {get_args(Head)}."
+            )
+        if (head == "kernel") != (0 < num_anchors <= MOST_ANCHORS) or (head == "kernel" and network is None):
+            raise ValueError(
+                f"head={head!r}, num_anchors={num_anchors}. Expected 1 to {MOST_ANCHORS} training samples of a copied network for "
+                "'kernel', and none for the other heads."
+            )
         if not 1 <= len(sample_shape) <= 4 or width % GROUPS or min(width, num_levels, num_stages, num_blocks, num_bins - 1) < 1:
             raise ValueError(
                 f"sample_shape={tuple(sample_shape)}, width={width}, num_levels={num_levels}, num_bins={num_bins}. Expected one to "
@@ -93,8 +104,11 @@ class GeometryReward(ModelMixin, ConfigMixin):
         if network is None:
             into = nn.Linear(2 * FREQUENCIES + 1, embedding)
             self.noise_embedding = nn.Sequential(into, nn.SiLU(), nn.Linear(embedding, embedding))
-        outputs = num_bins if head == "bins" else 2
-        self.readout = nn.Sequential(nn.Linear(self.trunk.size, HEAD_WIDTH), nn.SiLU(), nn.Linear(HEAD_WIDTH, outputs))
+        outputs, size = num_bins if head == "bins" else 2, self.trunk.size
+        if head == "kernel":
+            self.readout: nn.Module = KernelReadout(size, num_anchors)
+        else:
+            self.readout = nn.Sequential(nn.Linear(size, HEAD_WIDTH), nn.SiLU(), nn.Linear(HEAD_WIDTH, outputs))
         for name, shape in {"log_sigmas": (), "bin_edges": (num_bins - 1,), "bin_centres": (num_bins,),
                             "label_mean": (), "label_std": ()}.items():  # fmt: skip
             self.register_buffer(name, torch.zeros(num_levels, *shape))
@@ -138,6 +152,10 @@ class GeometryReward(ModelMixin, ConfigMixin):
             sigma: VE noise sigma_t / alpha_t, a number or (B,).
             alpha_t: Signal scale of ``x_t``, a number or (B,); 1 for a VE sample.
         """
+        return self.readout(self.features(x_t, sigma, alpha_t)).float()
+
+    def features(self, x_t: Tensor, sigma: Tensor | float, alpha_t: Tensor | float = 1.0) -> Tensor:
+        """What the head reads, (B, size); arguments as for :meth:`forward`."""
         if x_t.shape[1:] != self.sample_shape and not self._other_size(x_t):
             raise ValueError(f"x_t has shape {tuple(x_t.shape)}. Expected (B, {', '.join(map(str, self.sample_shape))}).")
         sigma, alpha_t = (self._per_sample(value, x_t) for value in (sigma, alpha_t))
@@ -145,11 +163,11 @@ class GeometryReward(ModelMixin, ConfigMixin):
         scale = 1 / (alpha_t * (variance + sigma**2).sqrt())
         unit = x_t.to(self.dtype) * scale.reshape(-1, *[1] * (x_t.ndim - 1)).to(self.dtype)
         if self.config.network is not None:
-            return self.readout(self.trunk(unit, sigma.log())).float()
+            return self.trunk(unit, sigma.log())
         noise = (sigma.log() / 4).to(self.dtype)[:, None]
         angles = noise * self.frequencies.to(noise)
         embedding = self.noise_embedding(torch.cat([noise, angles.sin(), angles.cos()], dim=1))
-        return self.readout(self._features(unit, embedding)).float()
+        return self._pooled(unit, embedding)
 
     def predict(self, x_t: Tensor, sigma: Tensor | float, alpha_t: Tensor | float = 1.0) -> Tensor:
         """Expected label (B,), differentiable in ``x_t``; psi in nats.
@@ -194,10 +212,14 @@ class GeometryReward(ModelMixin, ConfigMixin):
             level = (log_sigma[:, None] - self.log_sigmas).abs().argmin(dim=1)
             index = (labels.to(self.bin_edges)[:, None] > self.bin_edges[level]).sum(dim=1)
             return functional.cross_entropy(output, index)
-        standard = (labels.to(output) - self._at(self.label_mean, log_sigma)) / self._at(self.label_std, log_sigma)
-        return functional.gaussian_nll_loss(output[:, 0], standard, output[:, 1].exp())
+        return functional.gaussian_nll_loss(output[:, 0], self.standardised(labels.to(output), sigma), output[:, 1].exp())
 
-    def _features(self, unit: Tensor, embedding: Tensor) -> Tensor:
+    def standardised(self, labels: Tensor, sigma: Tensor) -> Tensor:
+        """Labels (B,) in standard deviations of their noise level."""
+        log_sigma = sigma.to(self.log_sigmas).log()
+        return (labels - self._at(self.label_mean, log_sigma)) / self._at(self.label_std, log_sigma)
+
+    def _pooled(self, unit: Tensor, embedding: Tensor) -> Tensor:
         if len(self.sample_shape) == 4:
             frames = unit.shape[2]
             folded = unit.transpose(1, 2).flatten(0, 1)

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from .dataset import GeometryDataset
 from .reward import GeometryReward
+from .reward_kernel import RIDGES
 from .reward_metrics import RewardMetrics, Samples, measured
 from .reward_networks import copied_network, network_config
 from .storage import write_together
@@ -102,6 +103,8 @@ def train_reward(
         raise ValueError(f"seeds {sorted(shared)[:5]} are in both sets. Expected held-out seeds, not held-out samples.")
     validation, test = _halves(parts[1])
     reward = _new_reward(parts[0], descriptor, options.seed, {"psi_rank": psi_rank, **config}, start_from)
+    if reward.config.head == "kernel":
+        return _fitted(reward, parts[0], validation, test, cost, options)
     settings = {"mixed_precision": options.mixed_precision, "gradient_accumulation_steps": options.accumulation}
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **settings)
     run = _Run(accelerator, reward, options, None if checkpoint is None else Path(checkpoint))
@@ -117,12 +120,30 @@ def train_reward(
     )  # fmt: skip
 
 
+def _fitted(
+    reward: GeometryReward, samples: Samples, validation: Samples, test: Samples, cost: float | None, options: TrainingOptions
+) -> tuple[GeometryReward, RewardMetrics]:
+    """A reward whose readout has a closed form; steps are the ridges that were tried."""
+    start, features = time.perf_counter(), []
+    for part in (samples, validation):
+        chunks = torch.arange(len(part["label"])).split(256)
+        with torch.no_grad():
+            features.append(torch.cat([reward.features(part["x_t"][c], part["sigma"][c], part["alpha_t"][c]) for c in chunks]))
+    labels, others = (reward.standardised(part["label"], part["sigma"]) for part in (samples, validation))
+    best, loss = reward.readout.fit(features[0], labels, features[1], others)
+    reward.eval()
+    sizes = (len(samples["label"]), len(validation["label"]), len(test["label"]))
+    seconds = time.perf_counter() - start
+    return reward, RewardMetrics(*measured(reward, test), seconds, len(RIDGES), best + 1, loss, *sizes, cost, asdict(options))
+
+
 class _Run:
     """The state of a training: model, optimiser, best weights."""
 
     def __init__(self, accelerator: Accelerator, reward: GeometryReward, options: TrainingOptions, folder: Path | None) -> None:
         self.accelerator, self.options, self.folder = accelerator, options, folder
-        decayed, others = ([p for p in reward.parameters() if (p.ndim > 1) == many] for many in (True, False))
+        trained = [p for p in reward.parameters() if p.requires_grad]
+        decayed, others = ([p for p in trained if (p.ndim > 1) == many] for many in (True, False))
         groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.model, self.optimizer = accelerator.prepare(reward, torch.optim.AdamW(groups, lr=options.learning_rate))
         self.step = self.best_step = 0
@@ -242,6 +263,8 @@ def _new_reward(samples: Samples, descriptor: str, seed: int, config: dict[str, 
                 "text encoder, or a DiTTransformer2DModel, and a scheduler with alphas_cumprod; the reward's own trunk needs none."
             )
         config = {"network": network_config(start_from), "num_timesteps": len(start_from.scheduler.alphas_cumprod), **config}
+    if config.get("head") == "kernel":
+        config["num_anchors"] = len(samples["label"])
     levels = min(len(samples["sigma"].unique()), config.pop("max_levels", 32))
     clean = samples["sigma"] <= samples["sigma"].min() * (1 + 1e-6)  # y at the lowest noise stands for x_0
     data = samples["x_t"][clean] / samples["alpha_t"][clean].reshape(-1, *[1] * (samples["x_t"].ndim - 1))
@@ -253,6 +276,9 @@ def _new_reward(samples: Samples, descriptor: str, seed: int, config: dict[str, 
     reward.set_levels(samples["sigma"], samples["label"])
     if start_from is not None:
         reward.trunk.start_from(start_from)
+        level = samples["alpha_t"] * (1 + samples["sigma"] ** 2).sqrt()
+        reward.trunk.standardise(samples["x_t"] / level.reshape(-1, *[1] * (samples["x_t"].ndim - 1)), samples["sigma"].log())
+        reward.trunk.requires_grad_(not reward.trunk.frozen)
     return reward
 
 

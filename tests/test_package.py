@@ -72,6 +72,7 @@ HOST = [
     "dataset",
     "reward_trunks",
     "reward_networks",
+    "reward_kernel",
     "reward",
     "reward_metrics",
     "reward_training",

@@ -15,6 +15,7 @@ import pytest
 import torch
 from exact_loop import FIXED, loop
 from safetensors.torch import load_file
+from sklearn.kernel_ridge import KernelRidge
 from tiny import ddpm_pipeline, dit_pipeline, randn, sd_pipeline, unet2d
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -23,7 +24,8 @@ from diffusers_geometry.guidance import GeometryGuidance, guided
 from diffusers_geometry.objectives import GuidedStep, RewardObjective
 from diffusers_geometry.reward import GeometryReward
 from diffusers_geometry.reward_card import save_reward
-from diffusers_geometry.reward_networks import copied_network
+from diffusers_geometry.reward_kernel import RIDGES, KernelReadout
+from diffusers_geometry.reward_networks import copied_network, network_config, network_trunk
 from diffusers_geometry.reward_training import TrainingOptions, train_reward
 from diffusers_geometry.schedule import NoiseLevel
 
@@ -132,8 +134,8 @@ def without_conditioning(pipe, x_t, timestep):
 
 COPIED = {  # pipeline and where the copy ends in its network and in the trunk
     "unconditional": (ddpm_pipeline, (1, 8, 8), lambda module: module.mid_block),
-    "text": (text_pipeline, (4, 8, 8), lambda module: module.mid_block),
-    "class": (dit_pipeline, (4, 8, 8), lambda module: module.transformer_blocks[0]),
+    "text": (text_pipeline, (4, 8, 8), lambda module: getattr(module, "attention", None) or module.up_blocks[0].attentions[0]),
+    "class": (dit_pipeline, (4, 8, 8), lambda module: module.transformer_blocks[1]),
 }
 
 
@@ -155,12 +157,55 @@ def test_a_reward_can_start_as_a_copy_of_the_models_network(kind, tmp_path):
     last(reward.trunk).register_forward_hook(lambda module, args, output: own.append(output))
     leaf = x_t.clone().requires_grad_(True)
     gradient = torch.autograd.grad(reward.predict(leaf, sigma, alpha_t)[0], leaf)[0]
-    torch.testing.assert_close(own[0].detach(), seen[0], atol=1e-4, rtol=1e-4)
+    found, expected = (x[0] if isinstance(x, tuple) else getattr(x, "sample", x) for x in (own[0], seen[0]))
+    torch.testing.assert_close(found.detach(), expected, atol=1e-4, rtol=1e-4)
     assert gradient[0].abs().sum() > 0
     assert gradient[1].abs().max() == 0
     assert last(reward.trunk) is not last(network_of(pipe))
     reward.save_pretrained(tmp_path)
     assert torch.equal(GeometryReward.from_pretrained(tmp_path).predict(x_t, 0.2), reward.predict(x_t, 0.2))
+
+
+def test_the_kernel_readout_is_kernel_ridge_regression():
+    features, others = randn(60, 5, seed=1), randn(40, 5, seed=2)
+    labels, other_labels = (v[:, 0].sin() + v[:, 1] + 0.1 * randn(len(v), seed=3) for v in (features, others))
+    readout = KernelReadout(5, 60)
+    best, loss = readout.fit(features, labels, others, other_labels)
+    errors = {}
+    for ridge in RIDGES:
+        reference = KernelRidge(alpha=ridge, kernel="rbf", gamma=1 / 10).fit(features.double().numpy(), labels.double().numpy())
+        errors[ridge] = float(np.square(reference.predict(others.double().numpy()) - other_labels.numpy()).mean())
+    chosen = min(errors, key=errors.get)
+    assert RIDGES[best] == chosen
+    reference = KernelRidge(alpha=chosen, kernel="rbf", gamma=1 / 10).fit(features.double().numpy(), labels.double().numpy())
+    mean, log_variance = readout(randn(7, 5, seed=4)).T
+    np.testing.assert_allclose(mean, reference.predict(randn(7, 5, seed=4).double().numpy()), atol=1e-4)
+    assert log_variance[0].exp() == pytest.approx(errors[chosen], rel=1e-4)
+    assert loss == pytest.approx(0.5 * (math.log(errors[chosen]) + 1), abs=1e-3)
+
+
+def test_a_reward_of_few_labels_is_fitted_in_closed_form(tmp_path):
+    """Its label is read off the very features, so that 160 samples are enough."""
+    pipe, shape = dit_pipeline(), (4, 8, 8)
+    data = labelled(160, 1, shape), labelled(80, 5, shape, first_seed=999)
+    trunk = network_trunk(network_config(pipe), 1000)
+    trunk.start_from(pipe)
+    for part in data:
+        sigma = (part["sigma_t"] / part["alpha_t"]).float()
+        unit = part["x_t"] / (part["alpha_t"].float() * (1 + sigma**2).sqrt()).reshape(-1, 1, 1, 1)
+        with torch.no_grad():
+            part["psi"] = trunk(unit, sigma.log())[:, :4].sum(dim=1).double()
+    reward, metrics = train_reward(*data, head="kernel", start_from=pipe, num_bins=4, progress=False)
+    assert metrics.spearman > 0.8
+    assert metrics.steps == len(RIDGES)
+    assert 1 <= metrics.best_step <= len(RIDGES)
+    assert not any(parameter.requires_grad for parameter in reward.parameters())
+    loaded, x = GeometryReward.from_pretrained((reward.save_pretrained(tmp_path), tmp_path)[1]), data[1]["x_t"][:2]
+    assert torch.equal(loaded.predict(x, 0.2), reward.predict(x, 0.2))
+    leaf, v, h = x.clone().requires_grad_(True), randn(*x.shape, seed=2), 1e-2
+    slope = (torch.autograd.grad(reward.predict(leaf, 0.2)[1], leaf)[0] * v).sum().item()
+    difference = float(reward.predict(x + h * v, 0.2)[1] - reward.predict(x - h * v, 0.2)[1]) / (2 * h)
+    assert difference == pytest.approx(slope, rel=0.05)
 
 
 def test_what_has_more_conditioning_is_no_start():
@@ -174,6 +219,10 @@ def test_what_has_more_conditioning_is_no_start():
             train_reward(labelled(400, 1), labelled(80, 5, first_seed=999), start_from=pipe, progress=False)
     with pytest.raises(ValueError, match="network is a FluxTransformer2DModel. Expected a UNet2DModel"):
         GeometryReward((4, 8, 8), network={"_class_name": "FluxTransformer2DModel"})
+    with pytest.raises(ValueError, match="head='kernel', num_anchors=0. Expected 1 to 4096 training samples of a copied network"):
+        GeometryReward((4, 8, 8), head="kernel")
+    with pytest.raises(ValueError, match="head='bins', num_anchors=5. Expected 1 to 4096"):
+        GeometryReward((4, 8, 8), num_anchors=5)
 
 
 def test_a_reward_with_the_models_encoder_is_saved_whole(tmp_path):
@@ -320,7 +369,8 @@ import sys, torch
 sys.path[:0] = [{tests!r}]
 from test_reward import SMALL, labelled
 from diffusers_geometry.reward_card import save_reward
-from diffusers_geometry.reward_networks import copied_network
+from diffusers_geometry.reward_kernel import RIDGES, KernelReadout
+from diffusers_geometry.reward_networks import copied_network, network_config, network_trunk
 from diffusers_geometry.reward_training import TrainingOptions, train_reward
 torch.set_num_threads(1)
 options = TrainingOptions(steps=60, batch_size=32, evaluate_every=10, accumulation={accumulation})
