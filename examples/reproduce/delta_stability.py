@@ -16,13 +16,13 @@ from torch import Tensor
 from diffusers_geometry.complexity import local_complexity
 
 RADII = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)
-DRAWS, REFERENCE_K = 4, 8
+DRAWS, COMPARED_K = 4, 8
 DIRECTIONS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def over_radii(probe: Probe, images: Tensor) -> dict[str, np.ndarray]:
     """Share of knots met at the first draw of the noise as "fraction", (n, draws, radii), and "seconds", (n,)."""
-    return _swept(probe, images, "radii", RADII, REFERENCE_K)
+    return _swept(probe, images, "radii", RADII, COMPARED_K)
 
 
 def over_directions(probe: Probe, images: Tensor, k: int) -> dict[str, np.ndarray]:

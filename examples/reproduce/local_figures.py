@@ -6,7 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from delta_stability import RADII, between_all, settings_of, stability
+from delta_stability import COMPARED_K, RADII, between_all, settings_of, stability
 from local_probe import DESCRIPTORS, RADIUS
 from local_tables import SIMPLE, named
 from matplotlib.axes import Axes
@@ -16,6 +16,7 @@ from resampling import interval, spearman
 PAIRED = (*DESCRIPTORS, *SIMPLE)
 COLOURS = ("#1f78b4", "#d95f02", "#1b9e77", "#7570b3")
 SHEET = 28  # images in a row
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 def draw_pairs(measured: dict[str, Any]) -> Figure:
@@ -104,20 +105,26 @@ def draw_delta(measured: dict[str, Any]) -> Figure:
         agreement(radii, RADII, settings, RADII.index(RADIUS), colour, name)
     met.set(xscale="log", yscale="log", xlabel="radius / √d", ylabel="δ, share of knots met", title="mean ± s.d. over images")
     radii.set(xscale="log", xlabel="radius / √d", title=f"agreement with radius {RADIUS:g} √d")
+    for axis in (met.xaxis, radii.xaxis):
+        axis.set_ticks(RADII, [f"{r:g}" for r in RADII], fontsize=8)
+        axis.set_ticks([], minor=True)
+    met.yaxis.set_ticks(SHARES, [f"{s:g}" for s in SHARES])
+    met.yaxis.set_ticks([], minor=True)
     counts = list(measured["directions"])
-    agreement(over_k, counts, [settings_of(s)[0] for s in measured["directions"].values()], len(counts) - 1, COLOURS[0], "digits")
+    settings = [settings_of(s)[0] for s in measured["directions"].values()]
+    agreement(over_k, counts, settings, counts.index(COMPARED_K), COLOURS[0], "digits")
     over_k.set_xscale("log", base=2)
-    over_k.set_xticks(counts, [str(k) for k in counts])
-    over_k.set(xlabel="directions k", title=f"agreement with k = {counts[-1]}, the axes")
+    over_k.set_xticks(counts, [f"{k}" + ("\n(axes)" if k == max(counts) else "") for k in counts])
+    over_k.set(xlabel="directions k", title=f"agreement with k = {COMPARED_K}")
     for axes in (radii, over_k):
-        axes.set(ylabel="Spearman of the rankings of images", ylim=(min(0, *axes.get_ylim()) - 0.02, 1.05))
+        axes.set(ylabel="Spearman of the rankings of images", ylim=(min(0.5, axes.get_ylim()[0]), 1.02))
     for axes in (met, radii, over_k):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     found = between_all(settings_of(measured["radii"]["digits"]))
-    image = matrix.imshow(found, vmin=-1, vmax=1, cmap="RdBu_r")
+    image = matrix.imshow(found, vmin=0, vmax=1, cmap="Blues")
     for (i, j), value in np.ndenumerate(found):
-        matrix.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8.5, color="white" if abs(value) > 0.7 else "black")
+        matrix.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8.5, color="white" if value > 0.6 else "black")
     labels = [f"{r:g}" for r in RADII]
     matrix.set_xticks(range(len(RADII)), labels, fontsize=8)
     matrix.set_yticks(range(len(RADII)), labels, fontsize=8)

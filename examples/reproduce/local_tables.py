@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from arguments import took
-from delta_stability import DRAWS, RADII, REFERENCE_K, settings_of, stability
+from delta_stability import COMPARED_K, DRAWS, RADII, settings_of, stability
 from local_probe import DESCRIPTORS, DIRECTIONS, PRODUCTS, RADIUS
 from resampling import interval, spearman
 
@@ -88,14 +88,16 @@ def steadiness(measured: dict[str, Any]) -> list[str]:
     lines += [*rows(head, body), ""]
     settings = {k: settings_of(sweep)[0] for k, sweep in measured["directions"].items()}
     axes = max(settings)
-    found = stability(list(settings.values()), list(settings).index(axes))
+    found = stability(list(settings.values()), list(settings).index(COMPARED_K))
     body = [
         [f"{k}" + (" (axes)" if k == axes else ""), f"{own.mean():.4f}", str(value), "" if k == axes else f"{half:.2f}"]
         for (k, own), (value, half) in zip(settings.items(), found, strict=True)
     ]
-    lines += rows(["directions k, digits", "share of knots met", f"Spearman with k = {axes}", "between halves of the draws"], body)
+    lines += rows(
+        ["directions k, digits", "share of knots met", f"Spearman with k = {COMPARED_K}", "between halves of the draws"], body
+    )
     note = (
-        f"*{DRAWS} draws of directions, common to all images, at one draw of ε; over radii k = {REFERENCE_K}, over k the radius is "
+        f"*{DRAWS} draws of directions, common to all images, at one draw of ε; over radii k = {COMPARED_K}, over k the radius is "
         f"{RADIUS:g} √d.*"
     )
     return [*lines, "", note]
