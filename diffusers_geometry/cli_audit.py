@@ -126,7 +126,7 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of an audit, or o
     from .audit_folder import PLAN, AuditFolder
     from .report import write_report
 
-    if (folder / PLAN).is_file():
+    if (folder / PLAN).is_file() and (folder / "units").is_dir():  # without units, of what audit.json says
         from .audit_summary import summarise
 
         summarise(AuditFolder(folder))

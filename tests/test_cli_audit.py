@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,6 +152,15 @@ def test_a_report_is_made_again(audited, capsys):
     (audited / "kept").rename(audited / "units" / "00004.safetensors")
 
 
+def test_a_report_is_made_again_of_an_audit_that_was_kept_without_its_units(audited, tmp_path):
+    """As published and committed audits are: plan.json is there, so that they can be repeated, and the units are not."""
+    for name in ("plan.json", "audit.json", "spectra.safetensors"):
+        shutil.copy(audited / name, tmp_path)
+    assert run("report", str(tmp_path)) == 0
+    assert (tmp_path / "index.html").is_file()
+    assert (tmp_path / "audit.json").read_bytes() == (audited / "audit.json").read_bytes()
+
+
 def test_ctrl_c_is_one_line_and_what_is_done_is_kept(folders, capsys):
     """SIGINT to the command itself."""
     out = folders / "interrupted"
@@ -166,6 +176,20 @@ def test_ctrl_c_is_one_line_and_what_is_done_is_kept(folders, capsys):
     assert said.splitlines()[-1] == f"hf-geometry: stopped; what is finished is kept in {out}. Run the same again to continue."
     assert "Traceback" not in said
     assert 2 <= len(list(out.glob("units/*.safetensors"))) < 200
+
+
+def test_a_model_of_nan_has_a_report_that_says_so(folders, tmp_path, capsys):
+    pipe = vector_pipeline()
+    with torch.no_grad():
+        pipe.network.last.weight[:] = torch.nan
+    pipe.save_pretrained(tmp_path / "nan")
+    assert run("audit", str(tmp_path / "nan"), *COMMON, "--seeds", "0-2", "--output", str(tmp_path / "out"), "--yes") == 1
+    printed = capsys.readouterr()
+    assert "0 of 3 units done" in printed.out
+    assert "no unit could be timed: FloatingPointError" in printed.err
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert page.count("FloatingPointError") >= 1
+    assert "All 3 runs failed" in page
 
 
 def test_a_private_model_of_the_hub_is_pinned_repeated_and_its_audit_published(folders, tmp_path, monkeypatch, capfd):
