@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 from .bundled import DIGITS
 from .dataset import model_identity
@@ -42,12 +45,19 @@ def load_source(model: Any, revision: str | None, dtype: str, device: str, token
         return _quiet(with_geometry(model)), found | {"weights_sha256": identity["weights_sha256"]}
     name = BUNDLED if model in (None, BUNDLED) else str(model)
     found = snapshot(DIGITS if name == BUNDLED else name, revision, token)
-    pipe = load_pipeline(str(found.path), dtype, device)
+    pipe = load_pipeline(str(found.path), dtype, own_device(device))
     weights = weight_hashes(found.path)
     return _quiet(pipe), {
         "name": found.repo_id or name, "revision": found.sha, **identity_of(pipe), "dtype": dtype, "device": device,
         "weights": weights, "weights_sha256": hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest(),
     }  # fmt: skip
+
+
+def own_device(device: str) -> str:
+    """The accelerator of this process, where a launch has several and the device does not say which ("cuda", not "cuda:1")."""
+    if device == "cpu" or ":" in device or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    return str(PartialState().device)
 
 
 def _quiet(pipe: Any) -> Any:

@@ -210,6 +210,18 @@ def test_a_unit_does_not_depend_on_the_others(vectors, tmp_path):
         assert ours == others
 
 
+def test_probes_belong_to_prompt_and_seed():
+    """The same in every audit that has both, another for every unit, purpose and probe seed."""
+    many = AuditRequest.make(["a", "b"], None, (1, 2), {}, {}, ())
+    one = AuditRequest.make(["b"], None, (2,), {}, {}, ())
+    assert many.place(3) == (1, 2)
+    assert many.random_seed(3, "geometry") == one.random_seed(0, "geometry") == many.settings(3)["probe_seed"]
+    other = AuditRequest.make(["b"], None, (2,), {}, {"probe_seed": 1}, ())
+    seeds = [many.random_seed(i, purpose) for i in range(4) for purpose in ("geometry", "delta")] + [other.random_seed(0, "delta")]
+    assert len(set(seeds)) == 9
+    assert one.arguments(0)["generator"].initial_seed() == 2
+
+
 def test_the_plan_is_what_is_spent(vectors):
     plan, units = vectors.document["plan"], vectors.document["units"]
     assert plan["units"] == 40

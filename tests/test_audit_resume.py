@@ -69,6 +69,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_computed_again(whole, started):
         assert kept.items() <= found.items(), "a finished unit was computed again"
         kept = found
     (started / "units" / ".00023.safetensors.123-abc.partial").write_bytes(b"cut short")
+    (started / "claims" / "00000.3").write_text("")  # as of a process that was killed after its unit was written
     audit = audit_vectors(started, COUNT)
     assert kept.items() <= units(started).items()
     assert_same(whole.folder, started)
