@@ -203,8 +203,8 @@ class GuidedRun:
 
     def _denoisers(
         self, x_t: Tensor, output: Tensor, level: NoiseLevel, calls: list[NetworkCall]
-    ) -> tuple[Callable[[int], Denoiser], Callable[[str], Denoiser]] | tuple[()]:
-        """Of one sample, and of one branch for all, the model's denoiser here; for an objective that differentiates it."""
+    ) -> tuple[Callable[[int], Denoiser], Callable[[str], Denoiser], Callable[[str], Tensor]] | tuple[()]:
+        """The last three of a :class:`~.objectives.GuidedStep`, for an objective that asks for them."""
         if not self.guidance.objective.needs_network:
             return ()
         weights = ProbeWeights({id(c.module): c.module for c in calls}.values())
@@ -223,7 +223,10 @@ class GuidedRun:
         def of_branch(name: str) -> Denoiser:
             return Denoiser(functools.partial(denoised, share=replay.branch_weights(name), index=None), **options)
 
-        return of_sample, of_branch
+        def estimate(name: str) -> Tensor:
+            return level.a * x_t + level.b * to_float32(replay.recorded(replay.branch_weights(name)))
+
+        return of_sample, of_branch, estimate
 
     def watch(self, undo: ExitStack) -> None:
         """Notes the network calls of every step, where the objective needs them."""

@@ -10,7 +10,7 @@ alpha_t, taken through both branches, shifts the clean estimate at every guided 
 zero, and its output keeps every bit.
 
     follow="score"      that gradient
-    follow="estimates"  D_c - D_u itself, the change of x_0 that the condition makes, which takes no pass back through the network.
+    follow="estimates"  D_c - D_u itself, the change of x_0 that the condition makes, which takes no evaluation of the network.
                         With ``normalize=False, trust_radius=math.inf`` a guidance of scale -c lowers the guidance_scale of these
                         samples by c, also below 1, where a pipeline's own cannot go
 """
@@ -71,11 +71,13 @@ class MemorizationObjective:
         value, gradient = torch.zeros(len(step.x_t)).to(step.x_t), torch.zeros_like(step.x_t)
         if not chosen.any():
             return Evaluation(value, gradient, self.spread)
-        conditional, unconditional = (step.branch(name) for name in ("conditional", "unconditional"))
-        x_t = step.x_t.detach().clone().requires_grad_(self.follow == "score")
-        with torch.set_grad_enabled(self.follow == "score"):
-            difference = conditional.denoised(x_t) - unconditional.denoised(x_t)
-            lengths = difference.flatten(1).norm(dim=1)
+        if self.follow == "estimates":
+            difference = step.branch_denoised("conditional") - step.branch_denoised("unconditional")
+        else:
+            x_t = step.x_t.detach().clone().requires_grad_(True)
+            with torch.enable_grad():
+                difference = step.branch("conditional").denoised(x_t) - step.branch("unconditional").denoised(x_t)
+        lengths = difference.flatten(1).norm(dim=1)
         value = lengths.detach() * (step.level.alpha_t / step.level.sigma_t)
         if self.threshold is not None:
             limit = self.threshold(step.level.sigma) if callable(self.threshold) else self.threshold

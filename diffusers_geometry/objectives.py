@@ -37,6 +37,7 @@ class GuidedStep:
         level: The noise level.
         denoiser: Maps a sample's index to its denoiser; only for objectives with ``needs_network``.
         branch: Maps "conditional" or "unconditional" to that branch's denoiser of the whole batch; only for these too.
+        branch_denoised: Maps these names to that branch's clean estimate at x_t, (B, *dims), which the step has computed already.
     """
 
     x_t: Tensor
@@ -44,6 +45,7 @@ class GuidedStep:
     level: NoiseLevel
     denoiser: Callable[[int], Denoiser] | None = None
     branch: Callable[[str], Denoiser] | None = None
+    branch_denoised: Callable[[str], Tensor] | None = None
 
 
 @dataclass(frozen=True)

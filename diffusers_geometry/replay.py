@@ -70,7 +70,12 @@ class Replay:
             raise ReplayRefused("no network of the pipeline was called with a rescaled copy of the sample")
         self.sample, self.calls, self.slots = sample, [call for call, _ in found], [slot for _, slot in found]
         outputs = [self._split(call.output, slot.repeats, 1, len(sample))[:, 0] for call, slot in found]
-        self.weights, self.separable = _combination(torch.cat(outputs), model_output), False
+        self._returned = torch.cat(outputs)  # (number of outputs, b, *dims)
+        self.weights, self.separable = _combination(self._returned, model_output), False
+
+    def recorded(self, weights: Tensor) -> Tensor:
+        """Model outputs (b, *dims) at the recorded sample with these weights, from what the networks returned: no evaluation."""
+        return torch.tensordot(weights.to(self._returned), self._returned, dims=1)
 
     @property
     def c_in(self) -> float:

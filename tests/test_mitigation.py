@@ -27,7 +27,14 @@ def gaussians(dim, rank):
 def exact_step(alpha, sigma, x_t):
     c, u = (e.at(alpha, sigma) for e in gaussians(6, 2))
     level = NoiseLevel(alpha, sigma, 1 / alpha, -sigma / alpha, 1.0, 0.0)
-    return GuidedStep(x_t, c.denoised(x_t), level, None, {"conditional": c, "unconditional": u}.get)
+    return GuidedStep(
+        x_t,
+        c.denoised(x_t),
+        level,
+        None,
+        {"conditional": c, "unconditional": u}.get,
+        lambda n: {"conditional": c, "unconditional": u}[n].denoised(x_t),
+    )
 
 
 @pytest.mark.parametrize(("alpha", "sigma"), [(0.3, math.sqrt(0.91)), (0.8, 0.6), (1.0, 2.0)])

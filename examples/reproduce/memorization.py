@@ -39,7 +39,7 @@ from diffusers_geometry.schedule import noise_level
 
 VERDICT = """\
 TO BE WRITTEN."""
-SMOKE = Effort(planted=4, controls=2, ordinary=2, seeds=1, costly=1, spectra=(1, 1, 0), batch=8)
+SMOKE = Effort(planted=4, controls=2, ordinary=2, seeds=1, costly=1, spectra=(1, 1, 0), draws=20, batch=8)
 COLOURS = {"planted": "#d62728", "control": "#7f7f7f", "ordinary": "#1f77b4"}
 NOTES = """\
 Prompts: {planted} planted captions against {control} controls and {ordinary} ordinary captions (270 that training has, the rest
@@ -198,15 +198,15 @@ def main() -> None:
         "# Memorisation scores on planted captions",
         f"Written by `examples/reproduce/memorization.py`. {VERDICT}",
         "![memorization](memorization.png)",
-        "\n".join(marks(rows, planted, held)),
+        "\n".join(marks(rows, planted, held, effort.draws)),
         "## Scores of this library",
-        "\n".join(score_table(rows, planted, held)),
+        "\n".join(score_table(rows, planted, held, effort.draws)),
         explained(bench, given, effort, found, held, last, weights, threshold),
         "## Spectra",
         SPECTRA.format(sigma=level.sigma, count=len(some)),
         "\n".join(spectra_table(spectra, some)),
         "## Published formulas as their authors coded them",
-        "\n".join(published_table(coded, planted, held)),
+        "\n".join(published_table(coded, planted, held, effort.draws)),
         CODED,
         "\n".join(v_prediction((501,) if smoke else (901, 501, 101))),
         "## Mitigation",

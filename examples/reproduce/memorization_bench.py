@@ -52,6 +52,7 @@ class Effort:
     seeds: int = 4
     costly: int = 1
     spectra: tuple[int, int, int] = (30, 15, 30)
+    draws: int = 1000
     batch: int = 12
 
 

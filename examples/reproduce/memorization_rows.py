@@ -97,10 +97,10 @@ def separation(positives: np.ndarray, negatives: np.ndarray) -> float:
     return float((positives.mean() - negatives.mean()) / np.sqrt((positives.var() + negatives.var()) / 2))
 
 
-def judged(values: np.ndarray, planted: np.ndarray) -> tuple[Interval, Interval, Interval]:
+def judged(values: np.ndarray, planted: np.ndarray, draws: int) -> tuple[Interval, Interval, Interval]:
     """AUROC, true positive rate at 1 % false positives and separation, with bootstrap intervals by caption."""
     pair = values[planted], values[~planted]
-    return tuple(bootstrap(statistic, *pair) for statistic in (auroc, tpr_at_fpr, separation))
+    return tuple(bootstrap(statistic, *pair, draws=draws) for statistic in (auroc, tpr_at_fpr, separation))
 
 
 def combined(
@@ -133,33 +133,33 @@ def asymmetry(found: dict[str, np.ndarray]) -> float:
     return float(np.median(np.abs(reverse - forward) / forward))
 
 
-def marks(rows: list[Row], planted: np.ndarray, held: np.ndarray) -> list[str]:
+def marks(rows: list[Row], planted: np.ndarray, held: np.ndarray, draws: int) -> list[str]:
     """The marks for all together (the last row) and for the best other score, chosen on the captions that are not held out."""
     known = {row.name: separation(row.values[~held & planted], row.values[~held & ~planted]) for row in rows[:-1]}
     single = next(row for row in rows if row.name == max(known, key=known.get))
     lines = ["| mark on held-out captions | best single score | all together | wanted |", "| --- | --- | --- | --- |"]
-    cells = [judged(row.values[held], planted[held]) for row in (single, rows[-1])]
+    cells = [judged(row.values[held], planted[held], draws) for row in (single, rows[-1])]
     lines += [f"| {what} | {cells[0][i]} | {cells[1][i]} | >= {wanted} |" for i, (what, wanted) in enumerate(MARKS)]
     return [*lines, "", f"The best single score, chosen on the other captions, is {single.name}."]
 
 
-def score_table(rows: list[Row], planted: np.ndarray, held: np.ndarray) -> list[str]:
+def score_table(rows: list[Row], planted: np.ndarray, held: np.ndarray, draws: int) -> list[str]:
     """One line a score."""
     lines = [
         "| score | formula | source | forwards beside the run | AUROC | TPR at 1 % FPR | separation |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        cells = " | ".join(str(i) for i in judged(row.values[held], planted[held]))
+        cells = " | ".join(str(i) for i in judged(row.values[held], planted[held], draws))
         lines.append(f"| {row.name} | {_cell(row.formula)} | {row.source} | {row.extra:.0f} | {cells} |")
     return lines
 
 
-def published_table(rows: list[Row], planted: np.ndarray, held: np.ndarray) -> list[str]:
+def published_table(rows: list[Row], planted: np.ndarray, held: np.ndarray, draws: int) -> list[str]:
     """One line a formula."""
     lines = ["| formula | what it is | forwards | AUROC | TPR at 1 % FPR | separation |", "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
-        cells = " | ".join(str(i) for i in judged(row.values[held], planted[held]))
+        cells = " | ".join(str(i) for i in judged(row.values[held], planted[held], draws))
         lines.append(f"| {row.name} | {_cell(row.formula)} | {row.total:.0f} | {cells} |")
     return lines
 
