@@ -38,6 +38,7 @@ NUMERICAL = [
     "phases",
     "theory",
     "storage",
+    "disclosure",
     "step_geometry",
     "trajectory",
     "speciation",

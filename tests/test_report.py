@@ -187,6 +187,54 @@ def test_foreign_text_stays_text_in_markdown(hostile):
     assert "@" not in source.replace(HOSTILE[3], "").replace("\\|", "|").replace(HOSTILE[3], "")
 
 
+def replaced(value, text, key=""):
+    """The document with a text in place of every text in it, of names of phases and versions too; the key is put behind."""
+    if isinstance(value, dict):
+        open_ended = key in ("versions", "call", "weights", "phases")
+        return {name + text if open_ended else name: replaced(entry, text, name) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [replaced(entry, text, key) for entry in value]
+    told = key in ("schema", "kind", "status", "image")
+    return value if told or not isinstance(value, str) else f"{text}{key}"
+
+
+def test_no_text_of_the_document_comes_alive(tmp_path):
+    evil = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>` | [a](javascript:alert(1)) ![i](http://evil/x) "
+    evil += r"</script> <!-- $\frac$ "
+    document, spectra = audit_document(["a", "b", "c"], (0, 1), failed=(3,), labels=[True, False, None], reference=True)
+    document = replaced(document, evil)
+    path = write_report(write_audit(tmp_path, document, spectra))
+    page = Page(path)
+    assert page.text.count("<script>alert(1)</script>") > 40
+    assert [attributes for tag, attributes in page.tags if tag == "script"] == [{"id": "data", "type": "application/json"}, {}]
+    for tag, attributes in page.tags:
+        assert tag != "img" or attributes.get("src", "data:image/").startswith("data:image/"), attributes
+        assert not [name for name in attributes if name.startswith("on")], attributes
+        assert attributes.get("href", "#").startswith(("#", "https://arxiv.org/abs/2")), attributes
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse((tmp_path / "report.md").read_text())
+    inline = [child for token in tokens for child in token.children or ()]
+    assert not [t for t in (*tokens, *inline) if t.type in ("html_block", "html_inline", "link_open")]
+    assert {t.attrs["src"].partition("/")[0] for t in inline if t.type == "image"} == {"figures"}
+
+
+def test_a_page_names_no_machine_and_no_place_on_it(tmp_path):
+    document, spectra = audit_document(["a", "/home/somebody/in/a/prompt", "c"], (0,), failed=(2,), reference=True)
+    document["model"] |= {"name": "/home/somebody/private/a-model", "revision": None}
+    document["provenance"]["command"] = "hf-geometry audit /home/somebody/private/a-model --prompts ../secret/list.txt"
+    document["units"][2]["error"]["message"] = "[Errno 2] No such file or directory: '/home/somebody/my files/x.json'"
+    document["out_of_distribution"]["reference"]["name"] = "~/secret/base"
+    document["request"]["call"]["image"] = "C:\\Users\\somebody\\start.png"
+    page = Page(write_report(write_audit(tmp_path, document, spectra)))
+    for text in (page.html, (tmp_path / "report.md").read_text()):
+        assert "a-machine" not in text
+        assert set(re.findall(r"\S*somebody\S*", text)) <= set(re.findall(r"\S*/home/somebody/in/a/prompt\S*", text))
+        assert "secret" not in text
+    for said in ("hf-geometry audit a-model --prompts list.txt", "directory: 'x.json'", "an audit of base.", "image start.png",
+                 "/home/somebody/in/a/prompt", "done with 2 processes"):  # fmt: skip
+        assert said in page.text, said
+    assert "a-machine" in (tmp_path / "audit.json").read_text()
+
+
 @pytest.mark.parametrize("text", ["a|b", "``two``", "`", "<b>", "a\nb", "[x](y)", "@someone", "\\|", "&lt;", "", "x" * 400])
 def test_code_spans_hold_anything(text):
     cell = words.markdown_code(text)
@@ -222,7 +270,7 @@ def test_the_policy_allows_this_script_and_style_alone(hostile):
         ((["a", "b", "c"], (0,)), {"failed": (0, 1, 2)}, "Nothing could be measured", "Spectra over the run"),
         (([None], (0, 1)), {"kind": "unconditional", "scores": False}, "without a prompt, with 2 seeds", "seeds each"),
         (([4, 7, 9], (0, 1)), {"kind": "class_labels"}, "class 7, seed 1", "AUROC of"),
-        ((["a", "b", "c"], (0, 1)), {"labels": [True, False, None], "memorised": (0,)}, "1 prompt known to be memorised, 1", "–."),
+        ((["a", "b", "c"], (0, 1)), {"labels": [True, False, None], "memorised": (0,)}, "memorised and 1 known not to be", "–."),
         ((["a", "b", "c"], (0, 1)), {"reference": True}, "The reference is an audit of someone/base", "rank 4"),
         ((["", " "], (0,)), {}, "(empty prompt), seed 0", "flagged ·"),
     ],
@@ -235,6 +283,47 @@ def test_empty_and_special_cases(tmp_path, arguments, options, said, not_said):
     for wrong in ("None", "nan", "NaN", "inf ", "undefined"):
         assert not re.search(rf"\b{wrong}\b", page.text), wrong
     MarkdownIt("commonmark").enable("table").parse((tmp_path / "report.md").read_text())
+
+
+def test_the_summary_claims_no_more_than_is_known(tmp_path):
+    document, spectra = audit_document(["a", "b", "c", "d"], (0,), memorised=(1,), labels=[True, True, None, True], failed=(3,))
+    document["memorization"]["combined"] |= {"fitted_on": "robust z", "auroc": None, "tpr_at_1_fpr": None, "roc": None}
+    for score in document["memorization"]["scores"]:
+        score |= {"auroc": None, "tpr_at_1_fpr": None, "roc": None}
+    page = Page(write_report(write_audit(tmp_path, document, spectra)))
+    assert "! 1 prompt of 3 stands out Most suspicious: “b”." in page.text
+    assert "Of those flagged, 1 is known to be memorised and 0 are known not to be memorised." in page.text
+    assert "There are labels (2 prompts known to be memorised and 0 known not to be), but too few" in page.text  # d has no rank
+    for prompt in document["prompts"]:
+        prompt["flagged"] = prompt["flagged"] and None
+    document["health"]["checks"] = [check | {"ok": None} for check in document["health"]["checks"]]
+    document["units"][3] |= {"status": "done"}
+    page = Page(write_report(write_audit(tmp_path, document, spectra)))
+    assert "Is something wrong? Not checked No health check could be made." in page.text
+    assert "Does it recite training images? No prompt stands out" in page.text
+    assert "✓" not in page.text[: page.text.index("Health checks")]
+
+
+def test_failed_health_checks_are_counted_among_those_that_were_made(tmp_path):
+    document, spectra = audit_document(["a", "b", "c"], (0, 1), failed=(2,))
+    document["health"]["checks"][1] |= {"ok": False, "units": [0]}
+    page = Page(write_report(write_audit(tmp_path, document, spectra)))
+    assert "1 of 2 health checks did not pass: asymmetry. 1 run of 6 failed with an error" in page.text
+
+
+def test_the_table_of_a_huge_audit_keeps_what_matters(tmp_path, monkeypatch):
+    from diffusers_geometry.report import tables, view
+
+    for module in (tables, view):
+        monkeypatch.setattr(module, "ROWS", 4)
+    document, spectra = audit_document([f"prompt {i}" for i in range(6)], (0, 1), memorised=(4,), failed=(3,))
+    page = Page(write_report(write_audit(tmp_path, document, spectra)))
+    rows = re.findall(r'<tr><td class="number" data-value="(\d+)\.0">', page.html)
+    ranks = {prompt["index"]: prompt["rank"] for prompt in document["prompts"]}
+    second = next(p for p, rank in ranks.items() if rank == 2)
+    assert ranks[4] == 1
+    assert rows == [str(i) for i in sorted([3, 8, 9, 2 * second])]
+    assert "4 of 12 runs stand here: those that failed, those of the most suspicious prompts, then the first" in page.text
 
 
 def test_the_page_of_a_large_audit_is_small_and_says_what_it_leaves_out(tmp_path):

@@ -1,6 +1,7 @@
 """What a report is made from: the folder of an audit, or of a trace brought into the same shape (one unit per sample).
 
-Nothing is computed here that the folder does not say; a trace gets means over its samples, as an audit has them over units.
+Nothing is computed here that the folder does not say; a trace gets means over its samples, as an audit has them over units. A page
+is sent to others, so that host names and places on this machine are left out here, see :mod:`~.disclosure`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..disclosure import public_document
 from ..trajectory import JSON_NAME as TRACE_NAME
 from ..trajectory import GeometryTrace
 
@@ -103,7 +105,7 @@ def _read_audit(path: Path) -> Source:
     expected = (len(document["units"]), len(document["steps"]))
     if spectra.ndim != 3 or (spectra.size and spectra.shape[:2] != expected):
         raise ValueError(f"singular_values have shape {spectra.shape}. Expected {(*expected, 'k')}, as {AUDIT_NAME} lists them.")
-    return Source("audit", path, document, spectra, lambda unit: _open(path, document["units"][unit].get("image")))
+    return Source("audit", path, public_document(document), spectra, lambda unit: _open(path, document["units"][unit].get("image")))
 
 
 def _open(folder: Path, name: str | None) -> Any:
@@ -147,7 +149,7 @@ def _from_trace(path: Path, trace: GeometryTrace) -> Source:
         "prompts": [], "memorization": None, "health": None, "out_of_distribution": None, "units": units,
         "provenance": {"versions": versions}, "run": None,
     }  # fmt: skip
-    return Source("trace", path, document, spectra, lambda unit: _sample(trace.images, unit))
+    return Source("trace", path, public_document(document), spectra, lambda unit: _sample(trace.images, unit))
 
 
 def mean(values: list[float]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from ..viz import PHASE_COLOURS, figure_bytes
 from .document import QUANTITIES, Source, thinned
 from .spectra import places, quantiles
-from .text import interval, noise, words
+from .text import interval, noise, shortened, words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,7 +150,8 @@ def _roc(document: dict[str, Any]) -> Figure | None:
     axes = figure.subplots()
     axes.plot((0, 1), (0, 1), color="#999999", linestyle="--", linewidth=1)
     for score, colour in zip(wanted, COLOURS, strict=False):
-        label = f"{words(score['name'])}: {interval(score.get('auroc'))}"
+        name = shortened(words(score["name"]), 40).replace("$", r"\$")  # between two of these matplotlib reads TeX
+        label = f"{name}: {interval(score.get('auroc'))}"
         axes.plot(score["roc"]["fpr"], score["roc"]["tpr"], color=colour, linewidth=1.5, label=label)
     axes.set_xlabel("share of false alarms")
     axes.set_ylabel("share of memorised prompts found")

@@ -12,6 +12,7 @@ from .charts import legend_mark
 from .document import Source
 from .images import Thumbnail, thumbnails
 from .quality_charts import cost_chart, rank_chart, roc_chart
+from .summary import labelled
 from .text import MISSING, count, estimate, interval, prompt_name, words
 
 TOP, BOTTOM, SEEDS, ALL = 15, 3, 6, 24
@@ -99,10 +100,11 @@ def memorization_view(document: dict[str, Any]) -> dict[str, Any] | None:
         return None
     combined = found.get("combined") or {}
     scores = sorted(found.get("scores") or [], key=lambda s: -_value(s.get("auroc")))
+    ranked = [p for p in document["prompts"] if p.get("rank") is not None]
     weights = combined.get("weights") or {}
     return {
         "combined": combined, "ranking": _ranking(document, combined.get("threshold")), "roc": _roc(combined, scores),
-        "cost": _cost(scores), "labelled": _labelled(document),
+        "cost": _cost(scores), "labelled": labelled(ranked),
         "fitted_on": {"labels": "fitted on this audit's labels", "shipped": "shipped with the library",
                       "robust z": "equal, every score in units of the bulk of prompts"}.get(combined.get("fitted_on"), MISSING),
         "scores": [
@@ -121,20 +123,13 @@ def _value(estimate: dict[str, Any] | None) -> float:
     return -math.inf if value is None else value
 
 
-def _labelled(document: dict[str, Any]) -> str | None:
-    labels = [p.get("label") for p in document["prompts"]]
-    yes, no = labels.count(True), labels.count(False)
-    return f"{count(yes, 'prompt')} known to be memorised, {no} known not to be" if yes or no else None
-
-
 def _ranking(document: dict[str, Any], threshold: float | None) -> dict[str, Any] | None:
     """The chart of all prompts; series 0 are not flagged, 3 flagged; with labels 1 is known not to be memorised, 3 known to be."""
     prompts = sorted((p for p in document["prompts"] if p.get("rank") is not None), key=lambda p: p["rank"])
     prompts = [p for p in prompts if (p.get("combined") or {}).get("value") is not None]
     if not prompts:
         return None
-    labelled = any(p.get("label") is not None for p in prompts)
-    if labelled:
+    if any(p.get("label") is not None for p in prompts):
         groups = [{True: 3, False: 1, None: 0}[p.get("label")] for p in prompts]
         names = {3: "known to be memorised", 1: "known not to be memorised", 0: "not known"}
     else:

@@ -67,8 +67,8 @@ def answers(source: Source) -> list[Answer]:
 def _health(document: dict[str, Any]) -> Answer:
     units = document["units"]
     failed = [unit for unit in units if unit["status"] != "done"]
-    checks = (document["health"] or {}).get("checks", [])
-    broken = [check for check in checks if check["ok"] is False and check["name"] != "failed_units"]
+    checks = [c for c in (document["health"] or {}).get("checks", []) if c["name"] != "failed_units"]  # said apart
+    broken = [check for check in checks if check["ok"] is False]
     text = []
     if len(failed) == len(units):
         return Answer("Is something wrong?", "bad", "Nothing could be measured", [
@@ -82,13 +82,12 @@ def _health(document: dict[str, Any]) -> Answer:
         return Answer("Is something wrong?", "bad", "Yes, look at the health checks", text, "health")
     if failed:
         return Answer("Is something wrong?", "bad", "Some runs failed", [*text, _passed(checks)], "failed")
-    if not checks:
-        return Answer("Is something wrong?", "plain", "Not checked", ["No health check was made."])
+    if all(check["ok"] is None for check in checks):
+        return Answer("Is something wrong?", "plain", "Not checked", [_passed(checks)], "health")
     return Answer("Is something wrong?", "good", "Nothing was found", [_passed(checks)], "health")
 
 
 def _passed(checks: list[dict[str, Any]]) -> str:
-    checks = [check for check in checks if check["name"] != "failed_units"]
     passed, unknown = sum(check["ok"] is True for check in checks), sum(check["ok"] is None for check in checks)
     if not passed:
         return "No health check could be made."
@@ -104,10 +103,16 @@ def unranked(document: dict[str, Any]) -> str:
     return str(combined.get("certainty") or "No memorisation score was taken.")
 
 
+def labelled(ranked: list[dict[str, Any]]) -> str | None:
+    """How many prompts with a rank are known to be memorised, or not to be; None without any."""
+    labels = [p.get("label") for p in ranked]
+    yes, no = labels.count(True), labels.count(False)
+    return f"{count(yes, 'prompt')} known to be memorised and {no:,} known not to be" if yes or no else None
+
+
 def _memorised(document: dict[str, Any]) -> Answer:
     question = "Does it recite training images?"
-    prompts, memorization = document["prompts"], document["memorization"]
-    ranked = [p for p in prompts if p.get("rank") is not None]
+    memorization, ranked = document["memorization"], [p for p in document["prompts"] if p.get("rank") is not None]
     if not memorization or not ranked:
         return Answer(question, "plain", "Not measured", [unranked(document)])
     kind = document["request"]["kind"]
@@ -121,16 +126,25 @@ def _memorised(document: dict[str, Any]) -> Answer:
     else:
         text.append(f"Of {count(len(ranked), 'ranked prompt')} none stands out above the threshold.")
     known = [[p for p in flagged if p.get("label") is label] for label in (True, False)]
+    known_as = [f"{count(len(p), 'is', 'are')} known {to} memorised" for p, to in zip(known, ("to be", "not to be"), strict=True)]
     if any(known):
-        text.append(f"Of those flagged, {len(known[0])} are known to be memorised and {len(known[1])} known not to be.")
+        text.append(f"Of those flagged, {' and '.join(known_as)}.")
     if (combined.get("auroc") or {}).get("value") is not None:
-        labels = [p.get("label") for p in prompts]
-        text.append(f"On {labels.count(True)} prompts known to be memorised and {labels.count(False)} known not to be, the score "
-                    f"puts a memorised one first with a probability (AUROC) of {interval(combined['auroc'])}.")  # fmt: skip
+        text.append(f"On {labelled(ranked)}, the score puts a memorised one before another with a probability (AUROC) of "
+                    f"{interval(combined['auroc'])}.")  # fmt: skip
     elif combined.get("certainty"):
         text.append(str(combined["certainty"]))
-    short = f"{count(len(flagged), 'prompt')} of {len(ranked)} {'is' if len(flagged) == 1 else 'are'} flagged as memorised"
-    return Answer(question, "bad" if flagged else "good", short if flagged else "No prompt is flagged", text, "memorisation")
+    return Answer(question, *_flags(len(flagged), len(ranked), combined.get("fitted_on")), text, "memorisation")
+
+
+def _flags(flagged: int, ranked: int, fitted_on: str | None) -> tuple[Literal["good", "bad", "plain"], str]:
+    """Verdict and short answer; without labels a flag only says that a prompt is unlike the others, and none says nothing."""
+    compared = fitted_on == "robust z"
+    if not flagged:
+        return ("plain", "No prompt stands out") if compared else ("good", "No prompt is flagged")
+    one = flagged == 1
+    does = f"{'stands' if one else 'stand'} out" if compared else f"{'is' if one else 'are'} flagged as memorised"
+    return "bad", f"{count(flagged, 'prompt')} of {ranked:,} {does}"
 
 
 def _dimension(source: Source) -> Answer:
@@ -173,6 +187,6 @@ def _reference(document: dict[str, Any]) -> Answer:
     text.insert(0, f"The reference is an audit of {shortened(name, 80)}." if name else "It was compared with another audit.")
     expected = found.get("expected_false_alarms") or 0
     if flagged <= expected or not flagged:
-        short = "Yes" if not flagged else f"Yes: {count(flagged, 'run')} of {judged} flagged, as many as by chance"
+        short = "Yes" if not flagged else f"Yes: {count(flagged, 'run')} of {judged} flagged, no more than by chance"
         return Answer(question, "good", short, text, "reference")
     return Answer(question, "bad", f"{count(flagged, 'run')} of {judged} {'does' if flagged == 1 else 'do'} not", text, "reference")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .document import QUANTITIES
 from .spectra import heading, shares
 from .text import MISSING, count, estimate, noise, number, percent, prompt_name, seconds, shortened, with_error
+
+ROWS = 5000
 
 
 def unit_name(document: dict[str, Any], unit: dict[str, Any]) -> str:
@@ -33,7 +36,10 @@ def step_table(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def unit_table(document: dict[str, Any]) -> dict[str, Any]:
-    """Every run: head (name, explanation, whether it is a number) and rows of (value to sort by, text)."""
+    """Every run: head (name, explanation, whether it is a number) and rows of (value to sort by, text).
+
+    Of a very large audit those that failed, then those of the most suspicious prompts, as many as a browser can sort.
+    """
     ranks = {p["index"]: p.get("rank") for p in document["prompts"]}
     ranked = any(ranks.values())
     asked = any(unit["prompt"] is not None for unit in document["units"])
@@ -48,7 +54,8 @@ def unit_table(document: dict[str, Any]) -> dict[str, Any]:
     head += [(words, f"{which} over the run", True) for _, words, _, which in over]
     head += [("not finite", "values that are no number or infinite", True), ("products", "Jacobian products spent", True)]
     rows = []
-    for unit in document["units"]:
+    first = sorted(document["units"], key=lambda u: (u["status"] == "done", ranks.get(u["prompt"]) or math.inf, u["index"]))
+    for unit in sorted(first[:ROWS], key=lambda u: u["index"]):
         steps = unit.get("steps") or []
         last = min((s for s in steps if s.get("sigma") is not None), key=lambda s: s["sigma"], default={})
         cells = [_cell(unit["index"])]
@@ -118,9 +125,7 @@ def costs(document: dict[str, Any]) -> list[tuple[str, str]]:
         )
         each = [s for s in run.get("unit_seconds") or [] if s is not None]
         found += [("time of one run (mean)", seconds(sum(each) / len(each)))] if each else []
-        found.append(
-            ("done with", f"{count(run.get('processes') or 1, 'process', 'processes')} on {run.get('host') or 'one machine'}")
-        )
+        found.append(("done with", count(run.get("processes") or 1, "process", "processes")))
         found.append(("from, to", f"{run.get('started') or MISSING}, {run.get('finished') or MISSING}"))
     if plan.get("memory_bytes"):
         found.append(("memory of probing (planned)", f"{plan['memory_bytes'] / 2**20:,.0f} MiB"))

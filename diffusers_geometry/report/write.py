@@ -16,7 +16,7 @@ from ..storage import write_together
 from .document import Source, read_source
 from .figures import FIGURES, figures
 from .memorization import rank_text
-from .text import estimate, link, markdown, markdown_code, number, prompt_name, script_json, visible, words
+from .text import estimate, link, markdown, markdown_code, number, prompt_name, script_json, shortened, visible, words
 from .view import view
 
 TOP_IN_MARKDOWN = 20
@@ -89,7 +89,7 @@ def _environment(**options: Any) -> Environment:
         lstrip_blocks=True,
         **options,
     )
-    environment.globals |= {"number": number, "link": link, "value": _value, "words": words}
+    environment.globals |= {"number": number, "link": link, "value": _value, "words": words, "shortened": shortened}
     return environment
 
 
