@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent.parent / "examples" / "reproduce"))
+from diffusers_geometry import record
 
+sys.path += [str(Path(__file__).parent.parent / "examples" / folder) for folder in ("reproduce", "zoo")]
+
+from data import digits_split
 from guidance_bench import RANK, REFERENCE_T, SMOKE, Bench
 from guidance_study import random_direction, shift_of, shuffled_within
+from latent_bench import RANK as LATENT_RANK
+from latent_bench import Effort, LatentBench, Model
+from latent_quality import DigitJudge
 from sample_quality import covered, vendi
 
 
@@ -68,3 +74,53 @@ def test_true_psi_is_that_of_the_whole_jacobian():
         )
         expected.append(torch.linalg.svdvals(matrix.double())[:RANK].log().sum().item())
     assert bench.true_psi(sample)[0].tolist() == pytest.approx(expected, abs=1e-3)
+
+
+LATENT = {
+    "sd-mnist": Model("sd-mnist", 3.0, (), (3, 5), 6, {"start": 0.4, "stop": 0.8}, (-1.0, 1.0), steps=8),
+    "dit-mnist": Model("dit-mnist", 2.0, (), (3, 5), 6, {"start": 0.4, "stop": 0.8}, (-1.0, 1.0), steps=8),
+}
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_true_psi_of_latents_is_that_of_the_network_without_conditioning(name, tmp_path):
+    bench = LatentBench(LATENT[name], Effort(samples=3, psi_samples=2, noises=1), tmp_path)
+    found = bench.run("plain", None)
+    assert found["samples"].shape == (3, 1, 32, 32)
+    kept = bench.pipe.scheduler.alphas_cumprod[bench.timestep]
+    sigma, x_t = (1 - kept).sqrt(), kept.sqrt() * found["latents"][1] + (1 - kept).sqrt() * bench.noise[0]
+
+    def clean(x):
+        x = x.reshape(1, 4, 8, 8)
+        if name == "sd-mnist":
+            nothing = bench.pipe.encode_prompt("", "cpu", 1, False)[0]
+            output = bench.network(x, bench.timestep, encoder_hidden_states=nothing).sample
+        else:
+            output = bench.network(x, timestep=torch.tensor([bench.timestep]), class_labels=torch.tensor([1000])).sample[:, :4]
+        return (x - sigma * output).flatten()
+
+    matrix = torch.autograd.functional.jacobian(clean, x_t.flatten(), vectorize=True)
+    expected = torch.linalg.svdvals(matrix.double())[:LATENT_RANK].log().sum().item()
+    assert found["psi"].shape == (2, 1)
+    assert found["psi"][1, 0].item() == pytest.approx(expected, abs=2e-3)
+    with record(bench.pipe, [bench.model.reference]) as recording:
+        bench.pipe(**bench.call([3], [1]))
+    step = recording[0]
+    assert step.sigma == pytest.approx(bench.sigma_ref / bench.alpha_ref, rel=1e-5)
+    own = step.branch("unconditional").epsilon(step.sample[:1])
+    torch.testing.assert_close(bench.unconditional(step.sample[:1], bench.timestep), own, atol=1e-4, rtol=1e-4)
+
+
+def test_the_judge_knows_the_real_digits_and_jackknifes_a_mean():
+    judge, digits = DigitJudge(), digits_split()[1]
+    own = torch.cat([(digits.labels == digit).nonzero().flatten()[:4] for digit in range(10)]).reshape(10, 4).T.flatten()
+    images, asked = digits.images[own], torch.arange(40) % 10
+    found = judge(images, images, asked, 4)
+    assert found["asked digit"][0] >= 0.9
+    assert found["same digit"] == (1.0, 0.0)
+    assert found["precision"][0] == 1.0  # they are among the real ones
+    wrong = judge(images, images, torch.cat([asked[:10] + 1, asked[10:]]), 4)
+    # The jackknife of a mean over four groups is the standard error of their four means.
+    shares = np.array([0.0, *[found["asked digit"][0]] * 3])
+    assert wrong["asked digit"][1] == pytest.approx(shares.std(ddof=1) / 2, abs=0.02)
+    assert wrong["asked digit"][0] == pytest.approx(found["asked digit"][0] - 0.25, abs=0.03)

@@ -97,11 +97,15 @@ class Study:
 
         return self.kept(name, make)
 
+    def splits(self) -> list[dict[str, Tensor]]:
+        """Labels to train on, and held-out ones."""
+        return [dict(GeometryDataset(self.labels, split).tensors) for split in ("train", "held_out")]
+
     def reward(self, shuffled: bool) -> tuple[GeometryReward, dict[str, Any]]:
         """A reward and its metrics; of labels that are shuffled within their noise level, for a control."""
         folder = self.folder / ("shuffled" if shuffled else "reward")
         if not (folder / "metrics.json").exists():
-            parts = [dict(GeometryDataset(self.labels, split).tensors) for split in ("train", "held_out")]
+            parts = self.splits()
             for part in parts if shuffled else ():
                 part["psi"] = shuffled_within(part["psi"], part["sigma"])
             options, config = self.training()
