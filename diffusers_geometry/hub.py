@@ -88,7 +88,7 @@ def snapshot(
     hub = _Hub(repo_id, token, None if cache_dir is None else Path(cache_dir), endpoint)
     only_cached = offline() if local_files_only is None else local_files_only
     call = (lambda: hub.cached(revision)) if only_cached else (lambda: hub.downloaded(revision, max_bytes))
-    return asked(call, repo_id, revision=revision, token=token)
+    return asked(call, repo_id, revision=revision, token=token, endpoint=endpoint)
 
 
 def weight_hashes(path: str | Path) -> dict[str, str]:
@@ -192,7 +192,7 @@ class _Hub:
         if max_bytes is not None and needed > max_bytes:
             raise HubError(
                 f"{self.repo_id} would download {_readable(needed)}, and max_bytes={max_bytes} allows {_readable(max_bytes)}. "
-                "Expected a larger limit or a smaller model."
+                "Expected a larger limit, a smaller model, or the folder of a copy that you downloaded."
             )
         place = self.cache_dir or Path(constants.HF_HUB_CACHE)
         free = shutil.disk_usage(next(p for p in [place.absolute(), *place.absolute().parents] if p.exists())).free

@@ -12,14 +12,16 @@ benchmarks; for others an entry is a record that machines can read.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from .disclosure import model_name
 from .hub_errors import HubError
+from .report.text import count, markdown, markdown_code
 
 BEGIN = b"<!-- diffusers-geometry audit: begin. What stands between these comments is replaced by the next audit. -->"
 END = b"<!-- diffusers-geometry audit: end -->"
 _HEAD = b"<!-- diffusers-geometry audit: begin"
+_WEIGHTS = {"labels": "fitted on the audit's labels", "shipped": "shipped with the library", "robust z": "equal for all scores"}
 
 
 def with_section(card: bytes, section: str) -> bytes:
@@ -42,40 +44,36 @@ def with_section(card: bytes, section: str) -> bytes:
     return card[:start] + block + card[end + len(END) :]
 
 
-def section(audit: dict[str, Any], report: str) -> str:
+def section(audit: dict[str, Any], report: str, dataset: str | None) -> str:
     """What the card says of an audit, as Markdown.
 
     Args:
         audit: Content of audit.json.
         report: Address of its report, relative to the card or whole.
+        dataset: Hub id of the dataset that holds the audit; None where its files came along.
     """
     model, request = audit["model"], audit["request"]
-    of = f"`{_plain(model_name(audit))}`" + (f" at `{model['revision'][:12]}`" if model["revision"] else "")
-    what = {"prompt": "prompts", "class_labels": "class labels"}.get(request["kind"])
-    asked = f"{len(request['prompts'])} {what}, {len(request['seeds'])} seeds each" if what else f"{len(request['seeds'])} seeds"
+    of = _code(model_name(audit)) + (f" at {_code(model['revision'][:12])}" if model["revision"] else "")
+    what = {"prompt": "prompt", "class_labels": "class label"}.get(request["kind"])
+    seeds = count(len(request["seeds"]), "seed")
+    asked = f"{count(len(request['prompts']), what)}, {seeds} each" if what else seeds
     done = sum(unit["status"] == "done" for unit in audit["units"])
     rows = "".join(
-        f"| {number.name} | {f'{number.value:.4g} {number.error}'.strip()} | {_plain(number.meaning)} |\n"
+        f"| {number.name} | {f'{number.value:.4g} {number.error}'.strip()} | {markdown(number.meaning)} |\n"
         for number in _numbers(audit)
     )
+    fetch = f"hf download {dataset} --repo-type dataset --local-dir FOLDER" if dataset else ""
     return f"""## Geometry audit
 
-[Report]({report}) of {of}, {_plain(model["scheduler"]["class"])}, {model["dtype"]}: {asked}; {done} of {len(audit["units"])} units
-finished. Values are means over units ± standard error.
+[Report]({report}) of {of}, {markdown(model["scheduler"]["class"])}, {markdown(model["dtype"])}: {asked}; {done} of
+{count(len(audit["units"]), "unit")} finished. A unit is one prompt with one seed; values are means over units ± standard error.
 
 | measured | value | unit and scope |
 | --- | --- | --- |
 {rows}
-Weights: sha256 `{model["weights_sha256"]}`. To repeat:
-
-    {_plain(audit["provenance"]["repeat"])}
+Weights: sha256 {_code(model["weights_sha256"])}. To repeat{" it" if fetch else " it from the files in this repository"}:
+{_code(fetch) + " and " if fetch else ""}{_code(audit["provenance"]["repeat"])}
 """
-
-
-def model_name(audit: dict[str, Any]) -> str:
-    """The model as others know it: its Hub id, or of a folder the last part, since the rest is nobody's concern."""
-    name = audit["model"]["name"]
-    return name if audit["model"]["revision"] else Path(name).name
 
 
 def results(audit: dict[str, Any], dataset: str, revision: str | None, url: str) -> bytes:
@@ -114,25 +112,24 @@ class _Number:
 
 def _numbers(audit: dict[str, Any]) -> list[_Number]:
     """What is known; the geometry at the last recorded step."""
-    last, sigma, dim = audit["geometry"][-1], audit["steps"][-1]["sigma"], audit["manifold_dim"]
-    noise = "at sigma inf" if sigma is None else f"at sigma {sigma:.4g}"
-    known = [
-        ("manifold_dim", "manifold dimension", dim, f"directions; read in {dim['share']:.0%} of the units" if dim else ""),
-        ("psi", "local scaling psi", last["psi"], f"nats, {noise}"),
-        ("nu", "local rank nu", last["nu"], f"directions, {noise}"),
-    ]
+    dim = audit["manifold_dim"]
+    known = [("manifold_dim", "manifold dimension", dim, f"directions; read in {dim['share']:.0%} of the units" if dim else "")]
+    for step, geometry in zip(audit["steps"][-1:], audit["geometry"][-1:], strict=True):  # none where no unit was finished
+        noise = "at sigma inf" if step["sigma"] is None else f"at sigma {step['sigma']:.4g}"
+        known.append(("psi", "local scaling psi", geometry["psi"], f"nats, {noise}"))
+        known.append(("nu", "local rank nu", geometry["nu"], f"directions, {noise}"))
     found = [
         _Number(task, name, estimate["value"], _error(estimate), meaning)
         for task, name, estimate, meaning in known
         if estimate is not None and estimate["value"] is not None
     ]
     if audit["memorization"] and audit["memorization"]["combined"]["fitted_on"] is not None:
-        prompts, combined = audit["prompts"], audit["memorization"]["combined"]
-        share, by = (
-            sum(bool(prompt["flagged"]) for prompt in prompts) / len(prompts),
-            f"score with weights from {combined['fitted_on']}",
+        combined = audit["memorization"]["combined"]
+        flags = [prompt["flagged"] for prompt in audit["prompts"] if prompt["flagged"] is not None]  # None: not compared
+        by = f"by the combined score, weights {_WEIGHTS.get(combined['fitted_on'], 'of another kind')}"
+        found.append(
+            _Number("flagged_prompts", "prompts flagged as memorised", sum(flags) / len(flags), "", f"share of {len(flags)}; {by}")
         )
-        found.append(_Number("flagged_prompts", "prompts flagged as memorised", share, "", f"share of {len(prompts)}; {by}"))
         auroc = combined["auroc"]
         if auroc is not None:
             known_interval = None not in (auroc["low"], auroc["high"])
@@ -149,6 +146,6 @@ def _error(estimate: dict[str, Any]) -> str:
     return "(n = 1)" if estimate["sem"] is None else f"± {estimate['sem']:.2g} (n = {estimate['n']})"
 
 
-def _plain(text: Any) -> str:
-    """Text that cannot leave its place in a table, a code span or a line."""
-    return " ".join(str(text).split()).replace("`", "'").replace("|", "/").replace("<", "(").replace(">", ")")
+def _code(text: Any) -> str:
+    """Text as a code span, in which the comments around a section cannot stand."""
+    return markdown_code(str(text).replace("<!--", "<!- -"), 1000)

@@ -34,7 +34,13 @@ class HubError(ValueError):
 
 
 def asked(
-    call: Callable[[], Result], repo_id: str, *, revision: str | None = None, token: Any = None, writes: bool = False
+    call: Callable[[], Result],
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: Any = None,
+    endpoint: str | None = None,
+    writes: bool = False,
 ) -> Result:
     """Runs what talks to the Hub; its refusals become one :class:`HubError` without the request (which holds the token) behind it.
 
@@ -43,6 +49,7 @@ def asked(
         repo_id: What is asked for, for the message.
         revision: Likewise.
         token: The one that is used, so that it can be blotted out.
+        endpoint: The Hub, for the message; ``HF_ENDPOINT`` if None.
         writes: Whether it is to be written to, for the message.
 
     Raises:
@@ -53,7 +60,7 @@ def asked(
     except HubError as error:
         message = str(error)
     except Exception as error:
-        explained = _explained(error, repo_id, revision, writes)
+        explained = _explained(error, repo_id, revision, endpoint, writes)
         if explained is None:
             raise
         message = explained
@@ -106,14 +113,15 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _explained(error: Exception, repo_id: str, revision: str | None, writes: bool) -> str | None:
+def _explained(error: Exception, repo_id: str, revision: str | None, endpoint: str | None, writes: bool) -> str | None:
     """One line for a refusal of the Hub or of its cache; None for anything else."""
     from huggingface_hub import constants, errors
 
+    endpoint = endpoint or constants.ENDPOINT
     where = f"{repo_id} at {revision}" if revision else repo_id
     said = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, errors.GatedRepoError):
-        page = f"{constants.ENDPOINT}/{repo_id}"
+        page = f"{endpoint}/{repo_id}"
         return f"{repo_id} is gated: accept its conditions on {page}, then log in with `hf auth login` or give a token."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{repo_id} has no revision {revision!r}. Expected a branch, a tag or a commit sha of it."
@@ -126,6 +134,8 @@ def _explained(error: Exception, repo_id: str, revision: str | None, writes: boo
             f"no model {repo_id!r}: it is not a folder, and the Hub has no such repository, or a private one that this token does "
             f"not open. {_EXPECTED}."
         )
+    if isinstance(error, errors.HFValidationError) and writes:
+        return f"{repo_id!r} is no name of a repository of the Hub. Expected org/name. ({said})"
     if isinstance(error, errors.HFValidationError):
         return f"no model {repo_id!r}: there is no such folder. {_EXPECTED}. ({said})"
     if isinstance(error, errors.HfHubHTTPError):
@@ -133,13 +143,17 @@ def _explained(error: Exception, repo_id: str, revision: str | None, writes: boo
     if isinstance(error, errors.IncompleteSnapshotError):
         return f"the cached copy of {where} is not complete. Expected to go online once more, to fetch the rest. ({said})"
     reason = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else said
+    if isinstance(error, errors.OfflineModeIsEnabled) and writes:
+        return f"nothing was published to {repo_id}: HF_HUB_OFFLINE is set. Expected to unset it, or to publish later."
     if isinstance(error, errors.OfflineModeIsEnabled) or (isinstance(error, FileNotFoundError) and offline()):
         return f"no model {where!r}: it is not a folder, it is not cached, and HF_HUB_OFFLINE is set. {_EXPECTED}."
     if isinstance(error, (errors.LocalEntryNotFoundError, errors.HTTPError)) or _is_transport(error):
+        unreached = f"the Hub at {endpoint} was not reached ({' '.join(reason.split())})"
+        if writes:
+            return f"{unreached} to publish to {repo_id}. Expected a network; publish again when there is one."
         return (
-            f"no model {where!r}: it is not a folder, and the Hub at {constants.ENDPOINT} was not reached "
-            f"({' '.join(reason.split())}). "
-            f"{_EXPECTED}, a network, or a cached copy with HF_HUB_OFFLINE=1."
+            f"no model {where!r}: it is not a folder, and {unreached}. {_EXPECTED}, a network, or a cached copy with "
+            "HF_HUB_OFFLINE=1."
         )
     if isinstance(error, errors.FileMetadataError) or type(error) is OSError:
         return f"cannot take {where} from the Hub: {said}"

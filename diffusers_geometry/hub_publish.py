@@ -5,7 +5,7 @@ model's card and entries of ``.eval_results`` that point to that dataset (:mod:`
 files come along in ``geometry_audit/``. Either is one commit on a known parent: a repository that was changed meanwhile is
 refused, not overwritten. Publishing the same again changes nothing: what is there is compared by the hashes that the Hub shows
 (git's SHA-1, SHA-256 for large files), and only what differs is sent. An audit is refused for a model whose weights it was not
-made with.
+made with. What is sent names neither this machine nor places on it (:mod:`.disclosure`); the folder's own files stay as they are.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from .hub_card import model_name, results, section
+from .disclosure import model_name, public_document
+from .hub_card import results, section
 from .hub_changes import FOLDERS, changes, files_of
 from .hub_errors import HubError, asked, holds_token
+from .report.document import SCHEMA
 
-SCHEMA = "diffusers_geometry.audit/1"
 TITLE = "Geometry audit by diffusers_geometry"
 PUBLISHED = "published.json"
-_FILES = ("index.html", "report.md", "audit.json", "plan.json", "spectra.safetensors")
+_FILES = ("index.html", "report.md", "audit.json", "plan.json", "reference.json", "spectra.safetensors")
 _NEEDED = ("index.html", "report.md", "audit.json")
 _INSIDE_MODEL = "geometry_audit"
 
@@ -62,15 +63,18 @@ def publish(
 
     if kind not in ("dataset", "pull_request"):
         raise HubError(f"kind={kind!r}. Expected 'dataset' or 'pull_request'.")
+    if private and kind == "pull_request":
+        raise HubError("private=True is of a dataset; who sees a pull request is said by its model. Expected kind='dataset'.")
     folder = Path(report_dir)
     audit, files = read_audit(folder), _files(folder)
-    _refuse_tokens(files, token)
+    _refuse_tokens(files, folder, token)
+    audit = public_document(audit)
     api = HfApi(endpoint=endpoint, token=token)
     if kind == "dataset":
         call = lambda: _as_dataset(api, folder, audit, files, repo_id, private, parent_commit)  # noqa: E731
     else:
         call = lambda: _as_pull_request(api, folder, audit, files, repo_id, parent_commit, dataset)  # noqa: E731
-    return asked(call, repo_id, revision=parent_commit, token=token, writes=True)
+    return asked(call, repo_id, revision=parent_commit, token=token, endpoint=endpoint, writes=True)
 
 
 def read_audit(folder: Path) -> dict[str, Any]:
@@ -94,27 +98,47 @@ def read_audit(folder: Path) -> dict[str, Any]:
     return audit
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    """What is published of an audit's folder: its report and what it was made from; a link that leads elsewhere is refused."""
+def _files(folder: Path) -> dict[str, Path | bytes]:
+    """What is published of an audit's folder: its report and what it was made from; a link that leads elsewhere is refused.
+
+    JSON is sent as strangers may see it; a document that says nothing of this machine is sent as it is.
+    """
     found = [folder / name for name in _FILES]
     found += sorted(path for name in FOLDERS for path in (folder / name).glob("*.png"))
     for path in found:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise HubError(f"{path} is a link to {path.resolve()}, outside of the audit. Expected the file itself.")
-    return {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
+    return {name: _public(path) if path.suffix == ".json" else path for name, path in files.items()}
 
 
-def _refuse_tokens(files: dict[str, Path], token: Any) -> None:
+def _public(path: Path) -> Path | bytes:
+    try:
+        document = json.loads(path.read_text())
+    except ValueError as error:
+        raise HubError(f"{path} is not JSON: {error}. Expected what the audit wrote.") from None
+    public = public_document(document)
+    return path if public == document else json.dumps(public, indent=1, allow_nan=False).encode()
+
+
+def _refuse_tokens(files: dict[str, Path | bytes], folder: Path, token: Any) -> None:
     """Nothing that holds an access token leaves this machine."""
-    for path in files.values():
-        if holds_token(path.read_bytes(), token):
+    for name, content in files.items():
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        if holds_token(data, token):
             raise HubError(
-                f"{path} holds an access token. Expected none: take it out of what the audit was asked for, and revoke it."
+                f"{folder / name} holds an access token. Expected none: take it out of what the audit was asked for, and revoke it."
             )
 
 
 def _as_dataset(
-    api: Any, folder: Path, audit: dict[str, Any], files: dict[str, Path], repo_id: str, private: bool | None, parent: str | None
+    api: Any,
+    folder: Path,
+    audit: dict[str, Any],
+    files: dict[str, Path | bytes],
+    repo_id: str,
+    private: bool | None,
+    parent: str | None,
 ) -> str:
     from huggingface_hub import DatasetCardData, constants
 
@@ -130,7 +154,8 @@ def _as_dataset(
             f"the dataset {repo_id} holds something else than an audit. Expected a name of its own, or that of an audit."
         )
     data = DatasetCardData(pretty_name=f"Geometry audit of {model_name(audit)}", tags=["diffusers-geometry", "model-audit"])
-    contents: dict[str, Any] = {**files, "README.md": (f"---\n{data.to_yaml()}\n---\n\n".encode(), section(audit, "report.md"))}
+    head = f"---\n{data.to_yaml()}\n---\n\n".encode()
+    contents: dict[str, Any] = {**files, "README.md": (head, section(audit, "report.md", repo_id))}
     operations = changes(api, repo_id, "dataset", info.sha, contents)
     url = f"{api.endpoint}/datasets/{repo_id}"
     sha = info.sha
@@ -143,7 +168,13 @@ def _as_dataset(
 
 
 def _as_pull_request(
-    api: Any, folder: Path, audit: dict[str, Any], files: dict[str, Path], repo_id: str, parent: str | None, dataset: str | None
+    api: Any,
+    folder: Path,
+    audit: dict[str, Any],
+    files: dict[str, Path | bytes],
+    repo_id: str,
+    parent: str | None,
+    dataset: str | None,
 ) -> str:
     from huggingface_hub import ModelCardData, constants
 
@@ -161,7 +192,7 @@ def _as_pull_request(
         report = f"{_INSIDE_MODEL}/report.md"
         contents |= {f"{_INSIDE_MODEL}/{name}": path for name, path in files.items()}
     head = f"---\n{ModelCardData(library_name='diffusers').to_yaml()}\n---\n\n".encode()
-    contents["README.md"] = (head, section(audit, report))
+    contents["README.md"] = (head, section(audit, report, dataset))
 
     operations = changes(api, repo_id, "model", info.sha, contents)
     if not operations:

@@ -25,11 +25,14 @@ def components(index: Any) -> set[str]:
     """Folders that the content of a model_index.json names; a component that is null has none.
 
     Raises:
-        HubError: the content is no table.
+        HubError: the content is no table, or a name could lead out of the folder.
     """
     if not isinstance(index, dict):
         raise HubError(f"{INDEX} holds a {type(index).__name__}. Expected a table of components, as save_pretrained writes it.")
-    return {name for name, value in index.items() if isinstance(value, list) and not name.startswith("_") and any(value)}
+    found = {name for name, value in index.items() if isinstance(value, list) and not name.startswith("_") and any(value)}
+    if odd := sorted(name for name in found if not name.isidentifier()):
+        raise HubError(f"{INDEX} names the component {odd[0]!r:.80}. Expected the name of a folder and argument, such as 'unet'.")
+    return found
 
 
 def is_loaded(name: str, folders: set[str]) -> bool:
@@ -68,7 +71,7 @@ def loaded_files(repo_id: str, index: str, names: Collection[str]) -> list[str]:
     if code:
         raise HubError(
             f"{repo_id} wants code of its own to be run ({', '.join(code)}), which is never downloaded here. Expected a pipeline "
-            "of diffusers, or a folder that you have looked at."
+            "of diffusers; in Python, one that you loaded yourself."
         )
     return sorted(name for name in names if is_loaded(name, folders))
 

@@ -220,6 +220,14 @@ def test_what_could_run_code_or_is_no_pipeline_is_refused_before_it_is_downloade
         snapshot("org/model", cache_dir=everything, endpoint=hub.endpoint, local_files_only=True)
 
 
+@pytest.mark.parametrize("name", ["../../evil", "..", "/tmp/evil", "unet/../../evil", "C:\\evil", ""])
+def test_a_component_cannot_lead_out_of_the_cache(name, hub, tmp_path):
+    hub.add("org/model", digits(**{"model_index.json": INDEX | {name: ["diffusers", "UNet2DModel"]}, f"{name}/config.json": {}}))
+    with pytest.raises(HubError, match="model_index.json names the component .*. Expected the name of a folder"):
+        snapshot("org/model", cache_dir=tmp_path / "cache", endpoint=hub.endpoint)
+    assert not [address for _, address in hub.requests if address.endswith("/config.json")]
+
+
 def test_code_and_pickled_copies_beside_safetensors_stay_where_they_are(hub, tmp_path):
     weights = "unet/diffusion_pytorch_model"
     unsafe = {

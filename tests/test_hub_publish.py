@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import yaml
 from hub_server import OWNER, READER
-from huggingface_hub import ModelCard, parse_eval_result_entries
+from huggingface_hub import ModelCard, constants, parse_eval_result_entries
+from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
 
 from diffusers_geometry.bundled import DIGITS
@@ -103,7 +104,9 @@ def test_a_dataset_holds_the_audit_and_nothing_else(hub, folder):
     card = ModelCard(files["README.md"].decode())
     assert card.data.pretty_name == "Geometry audit of org/model"
     assert "| manifold dimension | 11.5 ± 0.25 (n = 3) | directions; read in 75% of the units |" in card.text
-    assert "2 prompts, 2 seeds each; 3 of 4 units finished" in " ".join(card.text.split())
+    text = " ".join(card.text.split())
+    assert "2 prompts, 2 seeds each; 3 of 4 units finished" in text
+    assert "`hf download owner/audit --repo-type dataset --local-dir FOLDER` and `hf-geometry audit --repeat report`" in text
 
 
 def test_the_same_again_makes_no_commit_and_only_what_differs_is_sent(hub, folder):
@@ -213,20 +216,82 @@ def test_what_an_audit_does_not_know_is_not_in_its_card(hub, folder):
 
 
 def test_what_comes_from_outside_stays_in_its_place(hub, folder):
+    evil = f"`<img src=x>` | b\n\n# <script>alert(1)</script> ![i](http://x/i) [l](http://x) @you {END.decode()} "
+
     def foreign(audit):
-        audit["model"]["name"] = "org/`<img src=x>`"
-        audit["health"]["checks"][1]["name"] = "a | b\n\n# <script>alert(1)</script>"
-        audit["provenance"]["repeat"] = f"hf-geometry\n\n{END.decode()}"
+        audit["model"] |= {name: evil + name for name in ("name", "revision", "dtype", "weights_sha256")}
+        audit["model"]["scheduler"]["class"] = audit["memorization"]["combined"]["fitted_on"] = evil
+        audit["health"]["checks"][1]["name"] = audit["provenance"]["repeat"] = evil
 
     changed(folder, foreign)
     publish(folder, "owner/audit", token=OWNER, endpoint=hub.endpoint)
     card = hub.repos["dataset", "owner/audit"].files()["README.md"].decode()
     text = card[card.index(BEGIN.decode()) + len(BEGIN) : card.index(END.decode())]
-    assert not set("<>") & set(text)
-    assert "| of 2: a / b # (script)alert(1)(/script) |\n" in text
-    assert text.count("\n#") == 1
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(text)
+    inline = [child for token in tokens for child in token.children or ()]
+    assert not [token for token in (*tokens, *inline) if token.type in ("html_block", "html_inline", "image")]
+    assert [token.attrs["href"] for token in inline if token.type == "link_open"] == ["report.md"]
+    assert [token.tag for token in tokens if token.type == "heading_open"] == ["h2"]
+    assert sum(token.type == "tr_open" for token in tokens) == 6
     publish(folder, "owner/audit", token=OWNER, endpoint=hub.endpoint)
     assert commits(hub) == 2
+
+
+def test_nothing_that_is_published_names_this_machine(hub, folder):
+    def told(audit):
+        audit["model"] |= {"name": "/home/somebody/private/a-model", "revision": None}
+        audit["provenance"]["command"] = "hf-geometry audit /home/somebody/private/a-model --prompts ~/secret/list.txt"
+        audit["run"]["host"] = "a-machine"
+        audit["request"]["reference"] = "ab" * 32
+
+    changed(folder, told)
+    (folder / "plan.json").write_text(
+        json.dumps({"run": {"host": "a-machine"}, "model": {"name": "/home/somebody/private/a-model"}})
+    )
+    (folder / "reference.json").write_text(json.dumps({"name": "/home/somebody/base", "values": [[[0.5, None]]]}))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    publish(folder, "owner/audit", token=OWNER, endpoint=hub.endpoint)
+    publish(folder, "org/model", kind="pull_request", token=READER, endpoint=hub.endpoint)
+    files = hub.repos["dataset", "owner/audit"].files()
+    everything = {**files, **hub.repos["model", "org/model"].files("refs/pr/1")}
+    assert not [name for name, data in everything.items() if re.search(rb"somebody|a-machine|secret|private", data)]
+    document = json.loads(files["audit.json"])
+    assert document["provenance"]["command"] == "hf-geometry audit a-model --prompts list.txt"
+    assert document["request"]["prompts"] == AUDIT["request"]["prompts"]
+    assert json.loads(files["plan.json"]) == {"run": {"host": None}, "model": {"name": "a-model"}}
+    assert json.loads(files["reference.json"]) == {"name": "base", "values": [[[0.5, None]]]}
+    assert {path: path.read_bytes() for path in before} == before
+    publish(folder, "owner/audit", token=OWNER, endpoint=hub.endpoint)
+    assert commits(hub) == 2
+
+
+def test_an_audit_without_a_finished_unit_can_be_published(hub, folder):
+    def failed(audit):
+        audit |= {"steps": [], "geometry": [], "manifold_dim": None, "memorization": None, "units": [{"status": "failed"}]}
+
+    changed(folder, failed)
+    publish(folder, "owner/audit", token=OWNER, endpoint=hub.endpoint)
+    card = hub.repos["dataset", "owner/audit"].files()["README.md"].decode()
+    assert "0 of 1 unit finished" in " ".join(card.split())
+    assert "local scaling" not in card
+
+
+def test_prompts_that_were_not_compared_are_no_share(hub, folder):
+    changed(folder, lambda audit: audit["prompts"].append({"flagged": None}))
+    publish(folder, "owner/audit", token=OWNER, endpoint=hub.endpoint)
+    card = hub.repos["dataset", "owner/audit"].files()["README.md"].decode()
+    said = "| prompts flagged as memorised | 0.5 | share of 2; by the combined score, weights fitted on the audit's labels |"
+    assert said in card
+
+
+def test_publishing_without_the_hub_says_what_to_do(folder, monkeypatch):
+    nobody = "http://127.0.0.1:9"
+    for kind in ("dataset", "pull_request"):
+        with pytest.raises(HubError, match=f"the Hub at {nobody} was not reached .* to publish to owner/audit. Expected a network"):
+            publish(folder, "owner/audit", kind=kind, token=OWNER, endpoint=nobody)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match="nothing was published to owner/audit: HF_HUB_OFFLINE is set. Expected to unset it"):
+        publish(folder, "owner/audit", token=OWNER, endpoint=nobody)
 
 
 def test_a_model_without_a_card_gets_one(hub, folder):
@@ -295,6 +360,12 @@ def test_a_token_in_the_audit_never_leaves_the_machine(secret, file, hub, folder
         ("hf_" + "Wrong" * 6, "pull_request", "org/model", "the Hub refused the token for org/model"),
         (OWNER, "pull_request", "limited/model", "limits how often limited/model may be asked for .* in 77 s"),
         (OWNER, "gist", "org/model", "kind='gist'. Expected 'dataset' or 'pull_request'"),
+        (
+            OWNER,
+            "dataset",
+            "https://host/owner/audit",
+            "'https://host/owner/audit' is no name of a repository of the Hub. Expected org/",
+        ),
     ],
 )
 def test_refusals_to_write_are_one_line_without_the_token(token, kind, name, message, hub, folder):
