@@ -70,6 +70,7 @@ def audit(
     repeat: Annotated[Path | None, typer.Option(help="Run this audit's plan again and compare.")] = None,
     publish: Annotated[str | None, typer.Option(help="Hub repository to publish to, when the audit is done.")] = None,
     publish_as: Annotated[str, typer.Option(help="dataset, or pull-request on the model's repository.")] = "dataset",
+    private: Annotated[bool, typer.Option("--private", help="Make the dataset that is published to private.")] = False,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     as_json: AsJson = False,
@@ -79,8 +80,7 @@ def audit(
     Status 1 if no unit could be measured, 130 after Ctrl-C.
     """
     given = locals()
-    if publish_as not in ("dataset", "pull-request"):
-        raise UsageError(f"--publish-as {publish_as!r} is not known. Expected dataset or pull-request.")
+    _check_publishing(publish, publish_as, private)
     if repeat is not None and output.absolute() == repeat.absolute():
         raise UsageError(f"--output {output} is the audit that is to be repeated. Expected another folder.")
     check_writable(output)
@@ -98,7 +98,7 @@ def audit(
     if publish is not None:
         from .hub_publish import publish as publish_folder
 
-        print(publish_folder(output, publish, kind=publish_as.replace("-", "_")))
+        print(publish_folder(output, publish, kind=publish_as.replace("-", "_"), private=private or None))
     if not any(unit["status"] == "done" for unit in document["units"]):
         raise typer.Exit(1)
 
@@ -167,6 +167,18 @@ def _repeated(given: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
         confirm=lambda plan: _confirm(plan, given), progress=not given["as_json"],
     )  # fmt: skip
     return (found.document, f"{found.table()}\n\n{repetition.table()}") if _is_main() else (None, "")
+
+
+def _check_publishing(repository: str | None, publish_as: str, private: bool) -> None:
+    """Refuses what cannot be published before anything is computed."""
+    if publish_as not in ("dataset", "pull-request"):
+        raise UsageError(f"--publish-as {publish_as!r} is not known. Expected dataset or pull-request.")
+    if private and (repository is None or publish_as != "dataset"):
+        raise UsageError("--private is of a dataset that is published to. Expected --publish ORG/NAME with it, as a dataset.")
+    if repository is not None:
+        from .hub_publish import check_target
+
+        check_target(repository)
 
 
 def _is_main() -> bool:

@@ -134,8 +134,6 @@ def _explained(error: Exception, repo_id: str, revision: str | None, endpoint: s
             f"no model {repo_id!r}: it is not a folder, and the Hub has no such repository, or a private one that this token does "
             f"not open. {_EXPECTED}."
         )
-    if isinstance(error, errors.HFValidationError) and writes:
-        return f"{repo_id!r} is no name of a repository of the Hub. Expected org/name. ({said})"
     if isinstance(error, errors.HFValidationError):
         return f"no model {repo_id!r}: there is no such folder. {_EXPECTED}. ({said})"
     if isinstance(error, errors.HfHubHTTPError):
@@ -143,8 +141,6 @@ def _explained(error: Exception, repo_id: str, revision: str | None, endpoint: s
     if isinstance(error, errors.IncompleteSnapshotError):
         return f"the cached copy of {where} is not complete. Expected to go online once more, to fetch the rest. ({said})"
     reason = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else said
-    if isinstance(error, errors.OfflineModeIsEnabled) and writes:
-        return f"nothing was published to {repo_id}: HF_HUB_OFFLINE is set. Expected to unset it, or to publish later."
     if isinstance(error, errors.OfflineModeIsEnabled) or (isinstance(error, FileNotFoundError) and offline()):
         return f"no model {where!r}: it is not a folder, it is not cached, and HF_HUB_OFFLINE is set. {_EXPECTED}."
     if isinstance(error, (errors.LocalEntryNotFoundError, errors.HTTPError)) or _is_transport(error):

@@ -18,7 +18,7 @@ from typing import Any
 from .disclosure import model_name, public_document
 from .hub_card import results, section
 from .hub_changes import FOLDERS, changes, files_of
-from .hub_errors import HubError, asked, holds_token
+from .hub_errors import HubError, asked, holds_token, offline
 from .report.document import SCHEMA
 
 TITLE = "Geometry audit by diffusers_geometry"
@@ -61,6 +61,7 @@ def publish(
     """
     from huggingface_hub import HfApi
 
+    check_target(repo_id)
     if kind not in ("dataset", "pull_request"):
         raise HubError(f"kind={kind!r}. Expected 'dataset' or 'pull_request'.")
     if private and kind == "pull_request":
@@ -75,6 +76,26 @@ def publish(
     else:
         call = lambda: _as_pull_request(api, folder, audit, files, repo_id, parent_commit, dataset)  # noqa: E731
     return asked(call, repo_id, revision=parent_commit, token=token, endpoint=endpoint, writes=True)
+
+
+def check_target(repo_id: str) -> None:
+    """Asks nothing of the Hub.
+
+    Raises:
+        HubError: no name of a repository, or HF_HUB_OFFLINE is set.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+        said = "" if "/" in repo_id else " (It says no owner.)"
+    except HFValidationError as error:
+        said = f" ({' '.join(str(error).split())})"
+    if said:
+        raise HubError(f"{repo_id!r} is no name of a repository of the Hub. Expected org/name.{said}")
+    if offline():
+        raise HubError(f"nothing can be published to {repo_id}: HF_HUB_OFFLINE is set. Expected to unset it, or to publish later.")
 
 
 def read_audit(folder: Path) -> dict[str, Any]:

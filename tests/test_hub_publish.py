@@ -3,9 +3,11 @@
 import copy
 import hashlib
 import json
+import platform
 import re
 
 import hub_server
+import huggingface_hub
 import numpy as np
 import pytest
 import yaml
@@ -284,13 +286,36 @@ def test_prompts_that_were_not_compared_are_no_share(hub, folder):
     assert said in card
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--publish", "owner/audit", "--publish-as", "gist"],
+            "--publish-as 'gist' is not known. Expected dataset or pull-request",
+        ),
+        (["--private"], "--private is of a dataset that is published to. Expected --publish ORG/NAME"),
+        (["--private", "--publish", "org/model", "--publish-as", "pull-request"], "--private is of a dataset"),
+        (
+            ["--publish", "https://hub/owner/audit"],
+            "'https://hub/owner/audit' is no name of a repository of the Hub. Expected org/name",
+        ),
+        (["--publish", "audit"], "'audit' is no name of a repository of the Hub. Expected org/name. (It says no owner.)"),
+    ],
+)
+def test_what_cannot_be_published_is_said_before_anything_is_computed(options, message, tmp_path, capfd):
+    with pytest.raises(SystemExit, match="2"):
+        main(["audit", "--yes", "--output", str(tmp_path / "out"), *options])
+    assert f"hf-geometry: {message}" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_publishing_without_the_hub_says_what_to_do(folder, monkeypatch):
     nobody = "http://127.0.0.1:9"
     for kind in ("dataset", "pull_request"):
         with pytest.raises(HubError, match=f"the Hub at {nobody} was not reached .* to publish to owner/audit. Expected a network"):
             publish(folder, "owner/audit", kind=kind, token=OWNER, endpoint=nobody)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="nothing was published to owner/audit: HF_HUB_OFFLINE is set. Expected to unset it"):
+    with pytest.raises(HubError, match="nothing can be published to owner/audit: HF_HUB_OFFLINE is set. Expected to unset it"):
         publish(folder, "owner/audit", token=OWNER, endpoint=nobody)
 
 
@@ -360,12 +385,6 @@ def test_a_token_in_the_audit_never_leaves_the_machine(secret, file, hub, folder
         ("hf_" + "Wrong" * 6, "pull_request", "org/model", "the Hub refused the token for org/model"),
         (OWNER, "pull_request", "limited/model", "limits how often limited/model may be asked for .* in 77 s"),
         (OWNER, "gist", "org/model", "kind='gist'. Expected 'dataset' or 'pull_request'"),
-        (
-            OWNER,
-            "dataset",
-            "https://host/owner/audit",
-            "'https://host/owner/audit' is no name of a repository of the Hub. Expected org/",
-        ),
     ],
 )
 def test_refusals_to_write_are_one_line_without_the_token(token, kind, name, message, hub, folder):
@@ -422,6 +441,36 @@ def test_from_a_model_of_the_hub_to_a_dataset_and_a_pull_request_by_the_command_
     assert f"{hub.endpoint}/org/digits/discussions/1" in told
     assert OWNER not in told
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and OWNER.encode() in path.read_bytes()]
+
+
+def test_a_stranger_reads_and_repeats_what_was_published(hub, tmp_path, monkeypatch, capfd):
+    hub.add("org/digits", {p.relative_to(DIGITS).as_posix(): p.read_bytes() for p in DIGITS.rglob("*") if p.is_file()})
+    hub_server.point(monkeypatch, hub.endpoint)
+    monkeypatch.setenv("HF_TOKEN", OWNER)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit, match="0"):
+            main([str(argument) for argument in arguments])
+
+    audit = ("audit", "org/digits", "--steps", 3, "--record-steps", 1, "--yes", "--scores", "none", "--seeds")
+    run(*audit, "0-1", "--output", tmp_path / "base")
+    mine = tmp_path / "mine"
+    run(*audit, "2-3", "--output", mine, "--reference", tmp_path / "base", "--publish", "owner/audit", "--private")
+    assert hub.repos["dataset", "owner/audit"].private
+    theirs = huggingface_hub.snapshot_download("owner/audit", repo_type="dataset", local_dir=tmp_path / "theirs", token=READER)
+    run("audit", "--repeat", theirs, "--output", tmp_path / "again", "--yes")
+    assert "unlike the reference" in capfd.readouterr().out
+    numbers = [json.loads((folder / "audit.json").read_text()) for folder in (mine, tmp_path / "again")]
+    for name in ("units", "geometry", "out_of_distribution"):
+        assert numbers[0][name] == numbers[1][name], name
+    page = (tmp_path / "theirs" / "index.html").read_bytes()
+    run("report", theirs)
+    assert (tmp_path / "theirs" / "index.html").read_bytes() == page
+    for folder, host in ((mine, platform.node()), (tmp_path / "theirs", None)):
+        assert [json.loads((folder / name).read_text())["run"]["host"] for name in ("audit.json", "plan.json")] == [host] * 2
+    place = str(tmp_path).encode()
+    assert place in (mine / "audit.json").read_bytes()
+    assert not [path for path in (tmp_path / "theirs").rglob("*") if path.is_file() and place in path.read_bytes()]
 
 
 def test_a_link_out_of_the_audit_is_not_followed(hub, folder):
