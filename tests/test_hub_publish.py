@@ -5,6 +5,7 @@ import hashlib
 import json
 import platform
 import re
+import sys
 
 import hub_server
 import huggingface_hub
@@ -449,8 +450,9 @@ def test_a_stranger_reads_and_repeats_what_was_published(hub, tmp_path, monkeypa
     monkeypatch.setenv("HF_TOKEN", OWNER)
 
     def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["hf-geometry", *map(str, arguments)])  # the command that an audit stores
         with pytest.raises(SystemExit, match="0"):
-            main([str(argument) for argument in arguments])
+            main(sys.argv[1:])
 
     audit = ("audit", "org/digits", "--steps", 3, "--record-steps", 1, "--yes", "--scores", "none", "--seeds")
     run(*audit, "0-1", "--output", tmp_path / "base")
