@@ -38,6 +38,7 @@ from .stochastic import mean_estimate
 FIELDS = ("x_t", "position", "alpha_t", "sigma_t", "conditioning", "seed", "psi", "psi_sem", "psi_bias", "nu", "nu_sem")
 DELTA_FIELDS = ("delta", "delta_sem")
 BATCHED_ROWS = 2**14  # rows of the Jacobians of a step that are in memory together
+CERTIFYING_ROWS = 16  # of the Jacobian of a sample taken alone, spread over all
 BATCH_AGREEMENT = 1e-3  # of the knots met: units that rounding moves across their knots
 _METHODS = ("auto", "dense", "golub_kahan", "randomized")  # whose psi at a fixed rank has a known error
 
@@ -173,8 +174,8 @@ def _rows(recording: Recording, request: DatasetRequest, pairs: list, probe: Pro
 def _batch_spectra(denoiser: Denoiser, step: RecordedStep, request: DatasetRequest, probe: Probe) -> list[Spectrum] | None:
     """The dense spectra of all samples of a step from one backward pass for row k of all their Jacobians; None to take each alone.
 
-    Taking the samples together is right where rows do not influence one another, which the first sample taken alone certifies.
-    It is 1.6 times as fast for a network as small as the bundled one.
+    Taking the samples together is right where rows do not influence one another, which the first sample taken alone certifies, by
+    some rows of its Jacobian. It is 1.6 times as fast for a network as small as the bundled one.
     """
     x_t, size = to_float32(step.sample), probe.plan.size
     if len(x_t) == 1 or step.engine != "replay" or len(x_t) * size > BATCHED_ROWS:
@@ -184,7 +185,9 @@ def _batch_spectra(denoiser: Denoiser, step: RecordedStep, request: DatasetReque
     basis = torch.eye(size, dtype=x_t.dtype, device=x_t.device).reshape(size, 1, *x_t.shape[1:]).expand(size, *x_t.shape)
     matrices = stacked.vjp(basis).flatten(2).transpose(0, 1)
     alone = denoiser.select(0).jacobian(x_t[0], request.of, chunk_size=probe.chunk_size)
-    if not (matrices[0] - alone.dense()).norm() <= 1e-4 * matrices[0].norm():
+    some = torch.linspace(0, size - 1, min(size, CERTIFYING_ROWS)).round().long()
+    rows = alone.vjp(basis[some, 0]).flatten(1)
+    if not (matrices[0][some] - rows).norm() <= 1e-4 * rows.norm():
         return None
     return [matrix_spectrum(m, method="dense", products=size, bound=alone.rounding) for m in matrices]
 
