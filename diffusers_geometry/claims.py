@@ -1,9 +1,10 @@
 """Who works on what, among processes that share a folder and nothing else: started together, by hand, or on several machines.
 
 A claim on ``name`` is a file ``name.0`` that only one process can create (O_CREAT | O_EXCL). Its owner touches it every
-``HEARTBEAT`` seconds. It is *dead* when its process is known to be gone (same machine, same processes in sight), or when nobody
-touched it for ``STALE`` seconds of the folder's own clock. A dead claim is never removed by those who want it, which would be a
-race; the next claim is ``name.1``, and again only one process can create it. The claim with the highest number counts.
+``HEARTBEAT`` seconds. It is *dead* when its process is known to be gone (same machine, same processes in sight) or to have given it
+up, or when nobody touched it for ``STALE`` seconds of the folder's own clock. A dead claim is never removed by those who want it,
+which would be a race; the next claim is ``name.1``, and again only one process can create it. The claim with the highest number
+counts.
 
 A process that was only suspended may come back to a name that another took over. So what is done under a claim must be the same
 whoever does it, and must be put in place whole: then such a name costs time and nothing else.
@@ -24,6 +25,10 @@ HEARTBEAT = 5.0  # seconds between two touches
 STALE = 60.0  # seconds without a touch after which an owner out of sight counts as dead
 
 
+_OWN: set[Path] = set()  # claims that this process holds: it may live when an interrupted audit's claims do not
+_LOCK = threading.Lock()  # among threads of this process
+
+
 class Claims:
     """The claims of one process in one folder.
 
@@ -40,13 +45,16 @@ class Claims:
         self._stop = threading.Event()
 
     def take(self, name: str) -> bool:
-        """Claims ``name``; False while another process holds it."""
-        numbers = self._numbers(name)
-        latest = max(numbers, default=-1)
-        if latest >= 0 and self._is_alive(self._path(name, latest)):
-            return False
-        path = self._path(name, latest + 1)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Claims ``name``; False while another process, or another of these objects, holds it."""
+        with _LOCK:
+            latest = max(self._numbers(name), default=-1)
+            if latest >= 0 and self._is_alive(self._path(name, latest)):
+                return False
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return self._create(name, self._path(name, latest + 1))
+
+    def _create(self, name: str, path: Path) -> bool:
+        """Makes the claim's file; False if another process was faster."""
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
@@ -58,8 +66,10 @@ class Claims:
                 self._stop = threading.Event()
                 threading.Thread(target=self._beat, args=(self._stop,), daemon=True).start()
             self._held[name] = path
+            _OWN.add(path.absolute())
         except BaseException:
             self._held.pop(name, None)
+            _OWN.discard(path.absolute())
             self._stop.set()
             path.unlink(missing_ok=True)
             raise
@@ -67,7 +77,9 @@ class Claims:
 
     def release(self, name: str) -> None:
         """Gives ``name`` up, and removes what dead processes left of it."""
-        self._held.pop(name, None)
+        path = self._held.pop(name, None)
+        if path is not None:
+            _OWN.discard(path.absolute())  # from here on it counts as dead, whatever interrupts this
         if not self._held:
             self._stop.set()
         for number in self._numbers(name):
@@ -95,10 +107,11 @@ class Claims:
 
     def _is_alive(self, path: Path) -> bool:
         said = _read(path)
-        if said and said["token"] == self.token:
-            return True
         if said and said["where"] == _where():
-            return _born(said["pid"]) == said["born"] is not None
+            if said["pid"] == os.getpid():
+                return path.absolute() in _OWN
+            if _born(said["pid"]) != said["born"]:
+                return False
         try:
             return self._now() - path.stat().st_mtime < STALE
         except FileNotFoundError:  # given up meanwhile

@@ -425,7 +425,7 @@ def test_health_finds_what_is_wrong():
     assert {c["name"]: c["value"] for c in fine["checks"]} == {
         "failed_units": 0, "non_finite": 0, "asymmetry": 0.1, "spectral_norm": 2.0, "certificate_error": 1e-6
     }  # fmt: skip
-    wrong = {"asymmetry": 0.9, "spectral_norm": 500.0, "certificate_error": 1e-3, "non_finite": 4}
+    wrong = {"asymmetry": 0.9, "spectral_norm": 100.1, "certificate_error": 3.1e-5, "non_finite": 1}
     for name, value in wrong.items():
         other = {"asymmetry": {"asymmetry": value}}.get(name, {name: value})
         found = health([unit(0), unit(1, **other)], "float32")

@@ -43,7 +43,7 @@ def until(condition, what, seconds=90):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what
-        time.sleep(0.001)
+        time.sleep(0.004)
 
 
 def start(folder, **options):
@@ -90,6 +90,22 @@ def test_two_processes_started_by_hand_share_the_units(whole, started):
     assert list((started / "claims").iterdir()) == []
 
 
+def test_a_unit_that_another_finishes_meanwhile_is_left(whole, started, monkeypatch):
+    """Between the look and the claim: it is not computed again."""
+    take = AuditFolder.take
+
+    def late(folder, name):
+        if name.isdigit():
+            (started / "units").mkdir(exist_ok=True)
+            shutil.copy(whole.folder / "units" / f"{name}.safetensors", started / "units")
+        return take(folder, name)
+
+    monkeypatch.setattr(AuditFolder, "take", late)
+    audit_vectors(started, COUNT)
+    assert Audit.from_folder(started).document["run"]["unit_seconds"] == whole.document["run"]["unit_seconds"]
+    assert_same(whole.folder, started)
+
+
 def test_a_launch_of_two_processes(whole, started, tmp_path):
     """torchrun, which accelerate launch is on accelerators: both take part, each unit is computed once, by one of them."""
     script = tmp_path / "run.py"
@@ -112,10 +128,28 @@ def test_interrupted_by_the_keyboard(whole, started):
     assert process.exitcode not in (0, None)
     before = units(started)
     assert len(before) < COUNT
-    assert list((started / "claims").iterdir()) == []
+    assert Claims(started / "claims").living() == set()
     assert not list(started.rglob("*.partial"))
     audit_vectors(started, COUNT)
     assert before.items() <= units(started).items()
+    assert_same(whole.folder, started)
+
+
+def test_interrupted_in_a_session_that_goes_on(whole, started):
+    """As in a notebook: the process lives, its claims do not."""
+    pipe, seen = vector_pipeline(), []
+
+    def interrupt(*_):
+        seen.append(len(units(started)))
+        if seen[-1] == 5:
+            raise KeyboardInterrupt
+
+    hook = pipe.network.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        audit_vectors(started, COUNT, pipe=pipe)
+    hook.remove()
+    assert len(units(started)) == 5
+    audit_vectors(started, COUNT, pipe=pipe)
     assert_same(whole.folder, started)
 
 
@@ -250,6 +284,24 @@ def test_a_claim_outlives_its_process_only_until_that_is_known(tmp_path):
     assert claims.living() == {claims.token}
     claims.release("unit")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_that_was_given_up_is_dead_in_a_process_that_is_not(tmp_path, monkeypatch):
+    """Interrupted while it was removed."""
+    first, second = Claims(tmp_path), Claims(tmp_path)
+    assert first.take("unit")
+    assert not second.take("unit")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(Path, "unlink", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            first.release("unit")
+    assert [p.name for p in tmp_path.iterdir()] == ["unit.0"]
+    assert second.take("unit")
+    second.release("unit")
 
 
 def test_a_claim_of_another_machine_is_alive_while_it_is_touched(tmp_path):
