@@ -97,7 +97,7 @@ def test_a_minimal_audit_says_its_numbers_with_their_errors(tmp_path):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "roc.png").write_bytes(b"of an earlier report")
     page = Page(write_report(write_audit(tmp_path, *minimal())))
-    for said in ("a-model", "1 of 1 run finished", "1 of 2 directions", "keeps about 0.980 ± 0.046 directions",
+    for said in ("a-model", "1 of 1 run finished", "1 of 2 directions", "keeps about 0.980 ± 0.046 of 2 directions",
                  "the 16 largest singular", "hf-geometry audit --repeat here", "8 (planned: 8)", "Not measured"):  # fmt: skip
         assert said in page.text, said
     assert page.data["sigmas"] == ["∞", "0.1"]
@@ -105,6 +105,7 @@ def test_a_minimal_audit_says_its_numbers_with_their_errors(tmp_path):
     text = (tmp_path / "report.md").read_text()
     tables = MarkdownIt("commonmark").enable("table").render(text)
     assert tables.count("<table>") == 2
+    assert "Memorisation" not in text  # no score was taken
     assert "<td>0.980 ± 0.046</td>" in tables
     assert tables.count("<tr>") == 1 + 2 + 1 + text.count("\n| ", text.index("| what | value |")) - 1  # heads, two steps, facts
     assert "figures/roc.png" not in text
@@ -491,7 +492,10 @@ def test_a_real_audit_says_what_its_documents_say(tmp_path):
     assert document["model"]["weights_sha256"] in page.text
     assert sum(t == "img" and "data-unit" in a for t, a in page.tags) == 2
     assert words.estimate(document["geometry"][-1]["nu"]) in page.text
-    assert words.estimate(document["geometry"][-1]["nu"]) in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text()
+    assert words.estimate(document["geometry"][-1]["nu"]) in text
+    assert "## Memorisation\n\nPrompts are compared with one another, and this model was run without.\n" in text
+    assert f"huggingface_hub {document['provenance']['versions']['huggingface_hub']}" in text
 
 
 @pytest.mark.parametrize(
