@@ -36,7 +36,6 @@ DESCRIPTORS = ("psi", "nu", "delta")
 REFERENCE_T = 40  # training timestep at which truth is taken, sigma 0.144
 TUNING_SEED, FIRST_SEED = 900_000, 3_000_000  # labels have seeds 0, 1, ...; the guidance study's tests have those from 1,000,000
 SCALES = (0.25, 64.0)  # where the scale is searched
-BATCH = 48
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Setting:
         rank: Singular values that psi sums.
         is_dense: Whether spectra are whole; else the ``rank`` largest by a randomised range finder.
         change: Root mean square change of the image that guidance is tuned to, of pixels in [-1, 1].
-        label_seeds: Runs that are labelled, a tenth of them held out.
+        label_seeds: Runs that are labelled.
         training: Of the rewards.
         num_bins: Of the rewards.
         samples: Of a run of the test, in ``blocks`` of equal size for what has no value per image.
@@ -58,6 +57,7 @@ class Setting:
         noises: At each of them.
         tuned: Samples on which a scale is tuned.
         halvings: Of the logarithm of the scale.
+        batch: Samples that are labelled, or measured, together.
     """
 
     name: str
@@ -76,22 +76,26 @@ class Setting:
     tuned: int
     held_out: float = 0.1
     halvings: int = 6
+    batch: int = 48
 
 
 # A copy of a trained encoder overfits soon: few steps, small ones.
 DIGITS = Setting(
-    "digits", 50, LABELLED, RANK, True, 0.25, 3456, TrainingOptions(800, 128, 3e-4, 0.2, evaluate_every=100, patience=3), 16,
-    samples=384, blocks=4, measured=96, noises=4, tuned=96,
+    "digits", 50, LABELLED, RANK, True, 0.25, 1920, TrainingOptions(800, 128, 3e-4, 0.2, evaluate_every=100, patience=3), 16,
+    samples=384, blocks=4, measured=96, noises=2, tuned=96,
 )  # fmt: skip
 EMOJI = Setting(
     "ddpm-emoji", 50, (36, 40, 44), 16, False, 0.25, 96, TrainingOptions(60, 64, 3e-4, 0.2, evaluate_every=10, patience=3), 8,
-    samples=48, blocks=4, measured=24, noises=1, tuned=12, halvings=5,
+    samples=48, blocks=4, measured=16, noises=1, tuned=8, held_out=0.25, halvings=5, batch=8,
 )  # fmt: skip
 _LITTLE = {
     "label_seeds": 12, "num_bins": 2, "samples": 4, "blocks": 2, "measured": 2, "noises": 1, "tuned": 6, "held_out": 0.34,
     "halvings": 1, "training": TrainingOptions(2, 8, 3e-4, evaluate_every=1),
 }  # fmt: skip
-SMOKE = (replace(DIGITS, steps=8, labelled=(5, 6), **_LITTLE), replace(EMOJI, steps=6, labelled=(4,), rank=2, **_LITTLE))
+SMOKE = (
+    replace(DIGITS, steps=8, labelled=(5, 6), **_LITTLE),
+    replace(EMOJI, steps=6, labelled=(4,), rank=2, **_LITTLE | {"label_seeds": 6, "held_out": 0.67}),
+)
 
 
 class Bench:
@@ -117,8 +121,8 @@ class Bench:
         """The labels, generated where they are missing."""
         setting = self.setting
         request = DatasetRequest(
-            seeds=range(setting.label_seeds), record_steps=setting.labelled, psi_rank=setting.rank, batch_size=BATCH,
-            spectrum="dense" if setting.is_dense else "randomized", held_out=setting.held_out,
+            seeds=range(setting.label_seeds), record_steps=setting.labelled, psi_rank=setting.rank, batch_size=setting.batch,
+            spectrum="auto" if setting.is_dense else "randomized", held_out=setting.held_out,
             call={"num_inference_steps": setting.steps, "output_type": "np"},
         )  # fmt: skip
         return generate_dataset(self.pipe, self.labels, request, progress=False)
@@ -139,6 +143,7 @@ class Bench:
             self.pipe.unet.requires_grad_(True)
             config = {"num_bins": self.setting.num_bins, "start_from": self.pipe, "progress": False, "descriptor": descriptor}
             config |= {"psi_rank": self.setting.rank} if descriptor == "psi" else {}
+            config["checkpoint"] = self.folder / f"checkpoint-{name}"
             reward, metrics = train_reward(train, held_out, options=self.setting.training, **config)
             reward.save_pretrained(folder)
             document = asdict(metrics) | {"spearman": metrics.spearman, "spearman_sem": mean_error(metrics.levels)}
@@ -200,7 +205,7 @@ class Bench:
         columns = []
         for draw, epsilon in enumerate(noise):
             rows = []
-            for x_t in (self.alpha_ref * samples + self.sigma_ref * epsilon).split(BATCH):
+            for x_t in (self.alpha_ref * samples + self.sigma_ref * epsilon).split(self.setting.batch):
                 spectra = self.spectra(denoiser, x_t, draw)
                 psi, nu = zip(
                     *((local_scaling(s, rank=self.setting.rank).value, local_rank(s).value) for s in spectra), strict=True
