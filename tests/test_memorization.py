@@ -109,6 +109,14 @@ def test_traces_of_many_dimensions_have_their_error():
     assert dim > TRACE_PROBES
 
 
+def test_equal_branches_have_no_gap_whatever_the_probes():
+    exact = GaussianDenoiser(*pair(60)[1])
+    found = score_run(points(exact, exact, randn(60, seed=1)), randn(60, seed=2), ["flipd", "flipd_gap", "contraction"]).scores
+    assert (found["contraction"].value, found["contraction"].sem) == (0, 0)
+    assert (found["flipd_gap"].value, found["flipd_gap"].sem) == (0, 0)
+    assert found["flipd"].sem > 0
+
+
 def test_sharpness_of_a_mixture_is_that_of_its_log_density():
     dim, alpha, sigma = 5, 0.8, 0.6
     means, covariances = randn(3, dim, seed=5), torch.stack([gaussian(dim, s)[0] for s in (30, 40, 50)])
