@@ -159,8 +159,8 @@ def _dimension(source: Source) -> Answer:
     text = []
     if last is not None:
         of_units = f" (mean over {things})" if (last.get("n") or 0) > 1 else ""
-        text.append(f"At the last noise level recorded the denoiser keeps about {estimate(last, why=False)}{of} directions{of_units}: "
-                    "the sum of what it keeps of each direction.")  # fmt: skip
+        kept = f"{estimate(last, why=False)}{of} directions{of_units}"
+        text.append(f"At the last noise level recorded the denoiser keeps about {kept}: the sum of what it keeps of each.")
     if found.get("value") is None:
         text.insert(0, "No run ends in the phase in which directions are either kept or dropped, so there is no clean count.")
         return Answer(question, "plain", "No clean count", text, "geometry")

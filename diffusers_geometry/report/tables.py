@@ -9,7 +9,7 @@ from .document import QUANTITIES
 from .spectra import heading, shares
 from .text import MISSING, count, estimate, noise, number, percent, prompt_name, seconds, shortened, with_error
 
-ROWS = 5000
+ROWS = 2000
 
 
 def unit_name(document: dict[str, Any], unit: dict[str, Any]) -> str:

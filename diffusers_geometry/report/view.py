@@ -1,7 +1,7 @@
 """A folder as its page needs it: every number as text with its error, every chart drawn, the data of the slider in one document.
 
 The templates only place what stands here. Large audits are cut where a page must be: images to a budget of bytes, spectra of single
-runs to a budget of numbers, charts to 60 recorded steps, the table of runs to 5,000. Each cut is said on the page; medians, bands
+runs to a budget of numbers, charts to 60 recorded steps, the table of runs to 2,000. Each cut is said on the page; medians, bands
 and the ranking chart are of all runs.
 """
 
