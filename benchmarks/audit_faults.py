@@ -213,7 +213,7 @@ def main():
     output = args.output or (None if args.smoke else RESULTS)
     units, kills, few, counts = (14, 2, 3, ()) if args.smoke else (300, 10, 12, (30, 100))
     if args.smoke:
-        OPTIONS.update(call={"num_inference_steps": 2}, record_steps=1)
+        OPTIONS.update(call={"num_inference_steps": 2}, record_steps=[1])
     kept = output / "audit_faults.json" if output else Path("no results")
     rows = json.loads(kept.read_text()) if args.only and kept.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -19,7 +19,7 @@ from diffusers_geometry import audit_model
 from diffusers_geometry.audit_folder import AuditStopped
 
 FORK = multiprocessing.get_context("fork")
-OPTIONS = {"call": {"num_inference_steps": 5}, "record_steps": 2, "progress": False}
+OPTIONS = {"call": {"num_inference_steps": 4}, "record_steps": [2], "progress": False}
 STOPPED, INTERRUPTED = 3, 130
 
 
