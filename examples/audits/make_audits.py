@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_geometry import audit_model
+from diffusers_geometry.disclosure import public_document
 from diffusers_geometry.report import write_report
 
 HERE = Path(__file__).resolve().parent
@@ -81,6 +82,9 @@ def make(name: str, work: Path) -> None:
     folder.mkdir(exist_ok=True)
     for kept in KEPT:
         shutil.copy(work / name / kept, folder)
+    for kept in ("audit.json", "plan.json"):  # without the name of the machine
+        document = public_document(json.loads((work / name / kept).read_text()))
+        (folder / kept).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     shutil.copytree(work / name / "figures", folder / "figures", dirs_exist_ok=True)
 
 
