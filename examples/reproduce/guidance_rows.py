@@ -54,7 +54,7 @@ def measured_rows(study: Study, reward: GeometryReward, shuffled: GeometryReward
         add("exact psi gradient", scale, study.run(f"exact{scale:+g}", guidance, count=effort.exact))
     for lowest in (True, False):
         name = f"{'lowest' if lowest else 'highest'} of {effort.candidates}"
-        add(name, None, study.kept(name, lambda low=lowest: study.best_of_groups(low)), paired=False)
+        add(name, None, study.kept(name, lambda low=lowest: study.best_of_groups(low)), paired=study.best_is_paired)
     return rows
 
 
@@ -64,7 +64,8 @@ def marks(rows: list[Row], metrics: dict[str, Any], study: Study) -> list[tuple[
     low, high = study.recommended
     down, up, plain = by["reward", low], by["reward", high], by["unguided", None]
     spread = plain.found["psi"].mean(1).std()
-    steps = [(b.found["psi"] - a.found["psi"]).mean(1) / spread for a, b in itertools.pairwise(dose)]
+    count = min(len(row.found["psi"]) for row in dose)
+    steps = [(b.found["psi"][:count] - a.found["psi"][:count]).mean(1) / spread for a, b in itertools.pairwise(dose)]
     smallest = min(steps, key=lambda step: float(step.mean()))
     step = float(smallest.mean()), float(smallest.std() / math.sqrt(len(smallest)))
     falls = {n: [100 * (plain.measures[n][0] - r.measures[n][0]) for r in (down, up)] for n in study.prices}

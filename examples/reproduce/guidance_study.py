@@ -34,12 +34,14 @@ class Study:
         window: Where guidance acts and its trust radius, arguments of GeometryGuidance.
         recommended: A scale that lowers psi and one that raises it, chosen on other seeds.
         prices: Measures that must not fall by more than 5 points, and how that is said.
+        best_is_paired: Whether sample i of the best of N is to be compared with the unguided sample i.
     """
 
     pipe: Any
     window: dict[str, Any]
     recommended: tuple[float, float]
     prices: dict[str, str]
+    best_is_paired = False
 
     def __init__(self, effort: Any, cache: Path | None, settings: Any) -> None:
         self.effort = effort

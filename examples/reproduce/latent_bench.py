@@ -12,9 +12,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from guidance_study import FIRST_SEED, Study
@@ -27,10 +29,11 @@ sys.path.append(str(Path(__file__).parent.parent / "zoo"))
 from data import caption
 from load import load_zoo
 
-from diffusers_geometry import Denoiser, GeometryDataset, GeometryGuidance, best_of, guided, record
-from diffusers_geometry.dataset import DatasetPlan, generate_dataset, plan_dataset
-from diffusers_geometry.labels import DatasetRequest
+from diffusers_geometry import Denoiser, GeometryDataset, GeometryGuidance, GeometryReward, best_of, guided, record
+from diffusers_geometry.dataset import generate_dataset, plan_dataset
+from diffusers_geometry.labels import DatasetRequest, label_unit
 from diffusers_geometry.objectives import Evaluation, GuidedStep, PsiObjective
+from diffusers_geometry.probe import Probe
 from diffusers_geometry.reward_training import TrainingOptions
 from diffusers_geometry.schedule import NoiseLevel
 
@@ -62,19 +65,21 @@ class Model:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured; ``label_seeds`` are per level and digit of ``digits``."""
+    """How much is measured; ``label_seeds`` are per level and digit of ``digits``, ``spread_samples`` unguided ones with psi."""
 
     label_seeds: int = 12
     held_out: float = 0.34
     digits: tuple[int, ...] = tuple(range(10))
     samples: int = 60
-    psi_samples: int = 20
+    psi_samples: int = 10
+    spread_samples: int = 30
     noises: int = 4
     scales: tuple[float, ...] = (1.5, 3.0, 6.0, 9.0, 12.0)
-    exact: int = 4
+    exact: int = 2
     groups: int = 5
     candidates: int = 6
-    pairs: int = 7
+    pairs: int = 3
+    rounds: int = 2
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -85,6 +90,7 @@ class Effort:
 class LatentBench(Study):
     """A latent model of the zoo."""
 
+    best_is_paired = True  # they are of one digit
     prices = {"asked digit": "share that shows the asked digit falls"}  # noqa: RUF012
 
     def __init__(self, model: Model, effort: Effort, cache: Path | None) -> None:
@@ -116,7 +122,8 @@ class LatentBench(Study):
     def with_psi(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``make`` gives, with the true psi of its first latents."""
         made = self.kept(name, make)
-        parts = made["latents"][: self.effort.psi_samples].split(BLOCK)
+        wanted = self.effort.spread_samples if name == "unguided" else self.effort.psi_samples
+        parts = made["latents"][:wanted].split(BLOCK)
         found = [
             self.kept(f"{name} psi {i}", lambda part=part: {"psi": self.true_psi(part)})["psi"] for i, part in enumerate(parts)
         ]
@@ -219,14 +226,10 @@ class LatentBench(Study):
         pairs = zip(self.model.labelled, seeds, strict=True)
         return [DatasetRequest(**asked, seeds=own, record_steps=(level,), **shared) for level, own in pairs]
 
-    def label(self, progress: bool) -> tuple[list[GeometryDataset], DatasetPlan]:
-        """The labels of all levels, and what the plan says of the first."""
-        requests, plan = self.requests(), None
-        datasets = []
-        for level, request in zip(self.model.labelled, requests, strict=True):
-            plan = plan or plan_dataset(self.pipe, request)
-            datasets.append(generate_dataset(self.pipe, self.labels / str(level), request, progress=progress))
-        return datasets, plan
+    def label(self, progress: bool) -> list[GeometryDataset]:
+        """The labels of all levels."""
+        pairs = zip(self.model.labelled, self.requests(), strict=True)
+        return [generate_dataset(self.pipe, self.labels / str(level), own, progress=progress) for level, own in pairs]
 
     def splits(self) -> list[dict[str, Tensor]]:
         """Labels to train on and held-out ones, all levels together."""
@@ -240,25 +243,38 @@ class LatentBench(Study):
         """A frozen part of the network, read out in closed form: labels are few."""
         return TrainingOptions(), {"head": "kernel", "num_bins": 2, "start_from": self.pipe, "psi_rank": RANK}
 
-    def speed(self, guidance: GeometryGuidance, batch: int) -> dict[str, Any]:
-        """Seconds of whole calls without and with guidance in turn, and guided steps of a call."""
-        call, found = self.call([i % 10 for i in range(batch)], list(range(batch))), {"unguided": [], "guided": []}
-        steps = 0
+    def small_reward(self) -> GeometryReward:
+        """One of the package's own small trunk, whose price does not depend on its weights: they are random."""
+        labels = self.splits()[0]
+        reward = GeometryReward((4, 8, 8), num_levels=len(self.model.labelled), num_bins=2)
+        reward.set_levels(labels["sigma"], labels["psi"])
+        return reward.eval()
+
+    def speed(self, guidance: GeometryGuidance, batch: int) -> dict[str, Tensor]:
+        """Processor seconds of whole calls without and with guidance in turn, and guided steps of a call."""
+        call, found, steps = self.call([i % 10 for i in range(batch)], []), {"unguided": [], "guided": []}, 0
         for pair in range(self.effort.pairs + 1):  # the first warms up
-            for name in found:
+            for name, taken in found.items():
                 call["generator"] = [torch.Generator().manual_seed(i) for i in range(batch)]
-                start = time.perf_counter()
-                if name == "unguided":
+                start = time.process_time()
+                with guided(self.pipe, guidance) if name == "guided" else nullcontext() as run:
                     self.pipe(**call)
-                else:
-                    with guided(self.pipe, guidance) as run:
-                        self.pipe(**call)
-                    steps = len(run.log)
-                if pair:
-                    found[name].append(time.perf_counter() - start)
-        ratios = [g / u for g, u in zip(found["guided"], found["unguided"], strict=True)]
-        seconds = {name: statistics.median(values) for name, values in found.items()}
-        return {"batch": batch, "ratio": statistics.median(ratios), "steps": steps, **seconds}
+                steps = len(run.log) if run else steps
+                taken += [time.process_time() - start] if pair else []
+        ratio = statistics.median(g / u for g, u in zip(found["guided"], found["unguided"], strict=True))
+        numbers = {"ratio": ratio, "steps": steps, "seconds": statistics.median(found["unguided"])}
+        return {name: torch.tensor(float(number)) for name, number in numbers.items()}
+
+    def label_cost(self) -> dict[str, Tensor]:
+        """Processor seconds of a label of the first unit, and what its plan says: medians of rounds in turn."""
+        request, taken, planned = self.requests()[0], [], []
+        with mock.patch.object(time, "perf_counter", time.process_time):  # both count by it; a busy machine has no other clock
+            for _ in range(self.effort.rounds):
+                plan = plan_dataset(self.pipe, request)
+                labels, seconds = label_unit(self.pipe, request, request.units[0], Probe(plan.unit.probe))
+                taken.append(seconds / len(labels["psi"]))
+                planned.append(plan.seconds / plan.labels)
+        return {"taken": torch.tensor(statistics.median(taken)), "planned": torch.tensor(statistics.median(planned))}
 
 
 class ExactPsi:
