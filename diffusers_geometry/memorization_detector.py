@@ -37,7 +37,7 @@ from .memorization_scores import PROMPT_SCORES, SCORES
 OUTLYING = 4.0  # of a normal bulk, one prompt in 30,000 lies beyond
 SOFT = 3.0  # units of the bulk beyond which a score counts by its logarithm
 RIDGE = 1.0
-FOLDS, LEAST_LABELLED = 5, 5
+FOLDS, LEAST_LABELLED, LEAST_JUDGED = 5, 5, 2  # prompts of each kind that are fitted, and that a score is judged by
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Ranking:
         fitted_on: "labels" or "robust z".
         threshold: Combined score above which a prompt is flagged.
         certainty: A sentence on how far to trust it.
-        quality: Per score, against the labels; empty without labels of both kinds.
+        quality: Per score, against the labels; empty without two of both kinds.
         combined_quality: Of the combined score, every prompt scored by weights that have not seen it; None without labels.
         correlation: Spearman correlation of every score with the combined one, over prompts.
     """
@@ -129,10 +129,11 @@ def rank_prompts(
     known = [None] * len(present) if labels is None else [None if x is None else bool(x) for x in labels]
     positive, negative = (np.array([x is wanted for x in known])[present] for wanted in (True, False))
     rng = np.random.default_rng(seed)
-    is_fitted = min(positive.sum(), negative.sum()) >= LEAST_LABELLED
+    fewest = min(positive.sum(), negative.sum())
+    is_fitted, is_judged = fewest >= LEAST_LABELLED, fewest >= LEAST_JUDGED
     model = (_Fitted if is_fitted else _Unlabelled)(turned, positive, negative, rng)
     drawn = np.array([model.combined(_resampled(turned, rng)) for _ in range(draws)]) if _max_seeds(turned) > 1 else None
-    quality = {name: _quality(_means(v), positive, negative, seed, draws) for name, v in turned.items()} if is_fitted else {}
+    quality = {name: _quality(_means(v), positive, negative, seed, draws) for name, v in turned.items()} if is_judged else {}
     ranks = iter(_ranks(model, drawn))
     return Ranking(
         tuple(next(ranks) if kept else None for kept in present),
@@ -141,7 +142,7 @@ def rank_prompts(
         model.threshold,
         model.certainty(drawn),
         quality,
-        _quality(model.values, positive, negative, seed, draws) if is_fitted else None,
+        _quality(model.values, positive, negative, seed, draws) if is_judged else None,
         {name: _spearman(_means(v), model.values) for name, v in turned.items()},
     )
 

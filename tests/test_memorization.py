@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from branches import two_branch_call, two_branches
+from load import load_zoo
 
 from diffusers_geometry import Denoiser, record
 from diffusers_geometry.exact import EmpiricalDenoiser, GaussianDenoiser, MixtureDenoiser
@@ -311,3 +312,20 @@ def test_refusals():
     broken = Denoiser(lambda x: x * math.nan, alpha_t=0.8, sigma_t=0.6)
     with pytest.raises(FloatingPointError, match="conditional noise"):
         score_run([RunPoint(0.75, randn(6, seed=1), broken)], randn(6, seed=2), ["commitment"])
+
+
+def test_planted_captions_of_the_zoo_stand_out():
+    """A real network through its own pipeline: two planted captions, a control and two ordinary ones."""
+    pipe = load_zoo("sd-mnist")
+    pipe.set_progress_bar_config(disable=True)
+    captions = ["the velvet violin", "the amber meadow", "the amber coral", "a thick seven", "a thin slanted two"]
+    with record(pipe, [4]) as recording:
+        recording.run(1, captions, num_inference_steps=10, guidance_scale=3.0, generator=torch.Generator().manual_seed(0))
+    step = recording[0]
+    point = RunPoint(step.sigma, step.sample, *(step.branch(b) for b in ("guided", "conditional", "unconditional")))
+    with torch.no_grad():
+        guess = step.denoiser.denoised(step.sample)
+    found = score_batch([point], guess, ["guidance_norm", "contraction"])
+    for name, least in (("guidance_norm", 1.5), ("contraction", 5.0)):
+        values = [run.scores[name].value for run in found]
+        assert min(values[:2]) > least * max(0.1, *values[2:]), name

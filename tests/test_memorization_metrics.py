@@ -119,7 +119,8 @@ def test_few_labels_are_not_fitted():
     labels = [True] * 4 + [False] * 10 + [None] * 46
     ranking = rank_prompts(table(), labels, draws=5)
     assert ranking.fitted_on == "robust z"
-    assert ranking.quality == {}
+    assert set(ranking.quality) == set(NAMES)  # but judged
+    assert rank_prompts(table(), [True, *[False] * 59], draws=5).quality == {}
 
 
 def test_rank_intervals_hold_the_rank_of_many_seeds():
