@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .hub_card import with_section
-
-FOLDERS = ("images", "figures")  # of an audit: what is no longer in them is taken away
+from .hub_folder import PICTURES
 
 
 def files_of(api: Any, repo_id: str, repo_type: str, revision: str) -> dict[str, Any]:
@@ -43,7 +42,8 @@ def changes(api: Any, repo_id: str, repo_type: str, revision: str, contents: dic
         for name, content in contents.items()
         if not _is_there(there.get(name), content)
     ]
-    ours = {name.removesuffix("audit.json") + folder for name in contents for folder in FOLDERS if name.endswith("audit.json")}
+    ours = {name.removesuffix("audit.json") + folder for name in contents for folder in PICTURES if name.endswith("audit.json")}
+    # Pictures that the audit no longer has are taken away.
     old = [name for name in there if name.rpartition("/")[0] in ours and name not in contents]
     return operations + [CommitOperationDelete(name) for name in old]
 

@@ -10,21 +10,16 @@ made with. What is sent names neither this machine nor places on it (:mod:`.disc
 
 from __future__ import annotations
 
-import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 from .disclosure import model_name, public_document
 from .hub_card import results, section
-from .hub_changes import FOLDERS, changes, files_of
-from .hub_errors import HubError, asked, holds_token, offline
-from .report.document import SCHEMA
+from .hub_changes import changes, files_of
+from .hub_errors import HubError, asked, offline
+from .hub_folder import files_to_publish, note, published, read_audit, refuse_tokens
 
 TITLE = "Geometry audit by diffusers_geometry"
-PUBLISHED = "published.json"
-_FILES = ("index.html", "report.md", "audit.json", "plan.json", "reference.json", "spectra.safetensors")
-_NEEDED = ("index.html", "report.md", "audit.json")
 _INSIDE_MODEL = "geometry_audit"
 
 
@@ -67,8 +62,8 @@ def publish(
     if private and kind == "pull_request":
         raise HubError("private=True is of a dataset; who sees a pull request is said by its model. Expected kind='dataset'.")
     folder = Path(report_dir)
-    audit, files = read_audit(folder), _files(folder)
-    _refuse_tokens(files, folder, token)
+    audit, files = read_audit(folder), files_to_publish(folder)
+    refuse_tokens(files, folder, token)
     audit = public_document(audit)
     api = HfApi(endpoint=endpoint, token=token)
     if kind == "dataset":
@@ -96,60 +91,6 @@ def check_target(repo_id: str) -> None:
         raise HubError(f"{repo_id!r} is no name of a repository of the Hub. Expected org/name.{said}")
     if offline():
         raise HubError(f"nothing can be published to {repo_id}: HF_HUB_OFFLINE is set. Expected to unset it, or to publish later.")
-
-
-def read_audit(folder: Path) -> dict[str, Any]:
-    """audit.json of a finished audit.
-
-    Raises:
-        HubError: there is none, or of another schema, or its report was not made.
-    """
-    missing = [name for name in _NEEDED if not (folder / name).is_file()]
-    if missing:
-        raise HubError(
-            f"{folder} has no {missing[0]}. Expected the folder of a finished audit; `hf-geometry report` makes its report."
-        )
-    try:
-        audit = json.loads((folder / "audit.json").read_text())
-        schema = audit["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise HubError(f"{folder / 'audit.json'} is no audit ({type(error).__name__}: {error}). Expected {SCHEMA}.") from None
-    if schema != SCHEMA:
-        raise HubError(f"{folder / 'audit.json'} has the schema {schema!r}. Expected {SCHEMA!r}.")
-    return audit
-
-
-def _files(folder: Path) -> dict[str, Path | bytes]:
-    """What is published of an audit's folder: its report and what it was made from; a link that leads elsewhere is refused.
-
-    JSON is sent as strangers may see it; a document that says nothing of this machine is sent as it is.
-    """
-    found = [folder / name for name in _FILES]
-    found += sorted(path for name in FOLDERS for path in (folder / name).glob("*.png"))
-    for path in found:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise HubError(f"{path} is a link to {path.resolve()}, outside of the audit. Expected the file itself.")
-    files = {path.relative_to(folder).as_posix(): path for path in found if path.is_file()}
-    return {name: _public(path) if path.suffix == ".json" else path for name, path in files.items()}
-
-
-def _public(path: Path) -> Path | bytes:
-    try:
-        document = json.loads(path.read_text())
-    except ValueError as error:
-        raise HubError(f"{path} is not JSON: {error}. Expected what the audit wrote.") from None
-    public = public_document(document)
-    return path if public == document else json.dumps(public, indent=1, allow_nan=False).encode()
-
-
-def _refuse_tokens(files: dict[str, Path | bytes], folder: Path, token: Any) -> None:
-    """Nothing that holds an access token leaves this machine."""
-    for name, content in files.items():
-        data = content if isinstance(content, bytes) else content.read_bytes()
-        if holds_token(data, token):
-            raise HubError(
-                f"{folder / name} holds an access token. Expected none: take it out of what the audit was asked for, and revoke it."
-            )
 
 
 def _as_dataset(
@@ -183,8 +124,8 @@ def _as_dataset(
     if operations:
         done = api.create_commit(repo_id, operations, commit_message=TITLE, repo_type="dataset", parent_commit=info.sha)
         sha = done.oid
-    if operations or _published(folder).get("dataset") != repo_id:
-        _note(folder, {"dataset": repo_id, "revision": sha, "url": url})
+    if operations or published(folder).get("dataset") != repo_id:
+        note(folder, {"dataset": repo_id, "revision": sha, "url": url})
     return url
 
 
@@ -201,10 +142,11 @@ def _as_pull_request(
 
     info = api.model_info(repo_id, revision=parent or constants.DEFAULT_REVISION)
     _refuse_other_weights(api, repo_id, info.sha, audit)
-    noted = _published(folder)
+    noted = published(folder)
     dataset = dataset or noted.get("dataset")
     contents: dict[str, Any] = {}
     if dataset:
+        _refuse_unreadable(api, dataset, info)
         page = f"{api.endpoint}/datasets/{dataset}"
         report = f"{page}/blob/main/report.md"
         revision = noted["revision"] if noted.get("dataset") == dataset else None
@@ -234,6 +176,23 @@ def _as_pull_request(
     return done.pr_url
 
 
+def _refuse_unreadable(api: Any, dataset: str, model: Any) -> None:
+    """Refuses to point readers of a model to a dataset that they cannot open."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        is_private = api.dataset_info(dataset).private
+    except RepositoryNotFoundError:
+        raise HubError(
+            f"the Hub has no dataset {dataset!r}, where the audit should be. Expected to publish it there first."
+        ) from None
+    if is_private and not model.private:
+        raise HubError(
+            f"the dataset {dataset} is private, and readers of {model.id} could not open what the card would point to. Expected a "
+            "public dataset, or a private model."
+        )
+
+
 def _refuse_other_weights(api: Any, repo_id: str, revision: str, audit: dict[str, Any]) -> None:
     """Refuses an audit of other weights than the repository's, as far as the Hub shows their SHA-256."""
     audited = {name: digest for name, digest in audit["model"]["weights"].items() if name.endswith(".safetensors")}
@@ -248,22 +207,3 @@ def _refuse_other_weights(api: Any, repo_id: str, revision: str, audit: dict[str
             )
     if not audited:
         raise HubError("the audit names no weights (model.weights), so that it cannot be said whether it is of this model.")
-
-
-def _published(folder: Path) -> dict[str, Any]:
-    """Where the folder was published as a dataset; empty if it was not."""
-    path = folder / PUBLISHED
-    if not path.is_file():
-        return {}
-    try:
-        noted = json.loads(path.read_text())
-        return {key: noted[key] for key in ("dataset", "revision", "url")}
-    except (ValueError, KeyError, TypeError):
-        raise HubError(f"{path} is damaged. Expected what publish wrote; delete it and publish again.") from None
-
-
-def _note(folder: Path, where: dict[str, Any]) -> None:
-    try:
-        (folder / PUBLISHED).write_text(json.dumps(where, indent=1))
-    except OSError as error:
-        warnings.warn(f"published at {where['url']}, but this cannot be noted in {folder}: {error}", stacklevel=2)

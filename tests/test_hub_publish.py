@@ -17,11 +17,13 @@ from huggingface_hub import ModelCard, constants, parse_eval_result_entries
 from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
 
+from diffusers_geometry import hub_folder
 from diffusers_geometry.bundled import DIGITS
 from diffusers_geometry.cli import main
 from diffusers_geometry.hub import HubError, weight_hashes
 from diffusers_geometry.hub_card import BEGIN, END, with_section
-from diffusers_geometry.hub_publish import PUBLISHED, TITLE, publish
+from diffusers_geometry.hub_folder import PUBLISHED
+from diffusers_geometry.hub_publish import TITLE, publish
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CARD = b"---\nlicense: mit  # a comment\ntags: [b, a]\n---\n\n# A model\n\ttext \xe2\x80\x94 with  spaces  \n\n\n## End"
@@ -173,6 +175,7 @@ def test_a_pull_request_is_one_commit_with_the_card_and_results(hub, folder):
 
 def test_a_pull_request_is_opened_once_and_brought_up_to_date(hub, folder):
     model = hub.repos["model", "org/model"]
+    hub.add("owner/audit", {}, "dataset")
     options = {"kind": "pull_request", "dataset": "owner/audit", "endpoint": hub.endpoint}
     first = publish(folder, "org/model", token=READER, **options)
     assert publish(folder, "org/model", token=READER, **options) == first
@@ -188,6 +191,31 @@ def test_a_pull_request_is_opened_once_and_brought_up_to_date(hub, folder):
     model.refs["main"] = model.sha("refs/pr/2")
     assert publish(folder, "org/model", token=OWNER, **options) == f"{hub.endpoint}/org/model"  # merged
     assert len(model.commits) == 4
+
+
+def test_a_card_points_to_nothing_that_its_readers_cannot_open(hub, folder):
+    options = {"kind": "pull_request", "token": OWNER, "endpoint": hub.endpoint}
+    publish(folder, "owner/audit", token=OWNER, private=True, endpoint=hub.endpoint)
+    with pytest.raises(
+        HubError, match="owner/audit is private, and readers of org/model could not open what the card would point to"
+    ):
+        publish(folder, "org/model", **options)
+    with pytest.raises(HubError, match="the Hub has no dataset 'owner/none', where the audit should be. Expected to publish it"):
+        publish(folder, "org/model", dataset="owner/none", **options)
+    with pytest.raises(HubError, match="private=True is of a dataset; who sees a pull request is said by its model"):
+        publish(folder, "org/model", private=True, **options)
+    hub.repos["model", "org/model"].private = True
+    publish(folder, "org/model", **options)
+    assert len(hub.repos["model", "org/model"].requests) == 1
+
+
+def test_more_images_than_a_folder_of_the_hub_takes(hub, folder, monkeypatch):
+    monkeypatch.setattr(hub_folder, "MOST_FILES", 1)
+    with pytest.raises(
+        HubError, match="images has 2 images, and a folder of the Hub should not have more than 1 files. Expected fewer"
+    ):
+        publish(folder, "owner/audit", token=OWNER, endpoint=hub.endpoint)
+    assert hub.requests == []
 
 
 def test_without_a_dataset_the_files_come_along_and_no_results(hub, folder):

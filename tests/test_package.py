@@ -93,6 +93,7 @@ HOST = [
     "pipeline_files",
     "hub",
     "hub_card",
+    "hub_folder",
     "hub_changes",
     "hub_publish",
     "loading",
