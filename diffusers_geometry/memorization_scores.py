@@ -5,7 +5,7 @@ while the unconditional one has not, and every score asks for a trace of that. W
 branches predict at x_t, D_c the conditional clean estimate, x_0 the run's final sample and d its size:
 
     guidance_norm   |e_c - e_u|                                 Wen et al. 2024, arXiv:2407.21720
-    guidance_shift  sigma / sqrt(1 + sigma²) |e_c - e_u|        the same as a change of x_0 in units of data of unit variance
+    guidance_shift  sigma / sqrt(1 + sigma²) |e_c - e_u|        the same as a change of x_0, bounded where sigma is large
     sharpness       |(H_c - H_u)(s_c - s_u)|                    Jeon et al. 2025, arXiv:2412.04140
     anisotropy      <e_u, e_c - e_u> / (|e_u| |e_c - e_u|)      after Asthana and Belagiannis 2026, arXiv:2601.20642
     commitment      |D_c(x_t) - x_0| / sqrt(d)                  this project: how far the run is from knowing where it ends
@@ -112,7 +112,7 @@ SCORES: dict[str, Score] = {
     score.name: score
     for score in (
         Score("guidance_norm", "|e_c - e_u|", *_WEN, True, 2, True, True),
-        Score("guidance_shift", "sigma / sqrt(1 + sigma^2) |e_c - e_u|", *_WEN, True, 2, True, True),
+        Score("guidance_shift", "sigma / sqrt(1 + sigma^2) |e_c - e_u|", "after Wen et al. 2024", _WEN[1], True, 2, True, True),
         Score("sharpness", "|(H_c - H_u)(s_c - s_u)|", *_JEON, True, 2 + 2 * LONE_FORWARD, True, True),
         Score("sharpness_reverse", "|(H_c - H_u)^T (s_c - s_u)|", *_JEON, True, 2 + 2 * LONE_REVERSE, True, True),
         Score("anisotropy", "cos(e_u, e_c - e_u)", *_ASTHANA, True, 2, True, False),
