@@ -55,7 +55,7 @@ class Audit:
             more = " It holds an audit that is not finished: run it again to continue." if (path / PLAN).is_file() else ""
             raise FileNotFoundError(f"{path} holds no {AUDIT}. Expected a folder of a finished audit.{more}")
         document = read_json(path / AUDIT)
-        if document.get("schema") != SCHEMA:
+        if str(document.get("schema")).split(".")[:2] != SCHEMA.split(".")[:2]:  # another minor number only adds
             raise ValueError(f"{path / AUDIT} has schema {document.get('schema')!r}. Expected {SCHEMA!r}.")
         return cls(path, document)
 

@@ -145,9 +145,9 @@ class AuditRun:
                     if self._unit(i, probe):
                         bar.update(self.folder.finished(count) - bar.n if not hidden else 0)
                 finished = self.folder.finished(count)
+                bar.update(finished - bar.n)
                 if finished < count:
                     time.sleep(POLL)
-            bar.update(count - bar.n)
         return self._summary()
 
     def _unit(self, i: int, probe: ProbePlan | None) -> bool:

@@ -19,7 +19,7 @@ from diffusers_geometry import claims as claims_module
 from diffusers_geometry.audit_folder import AuditFolder, AuditStopped
 from diffusers_geometry.claims import Claims
 
-COUNT = 24
+COUNT = 18
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_killed_at_any_moment_nothing_is_lost_or_computed_again(whole, started):
         assert least <= len(found) <= COUNT
         assert kept.items() <= found.items(), "a finished unit was computed again"
         kept = found
-    (started / "units" / ".00023.safetensors.123-abc.partial").write_bytes(b"cut short")
+    (started / "units" / ".00017.safetensors.123-abc.partial").write_bytes(b"cut short")
     (started / "claims" / "00000.3").write_text("")  # as of a process that was killed after its unit was written
     audit = audit_vectors(started, COUNT)
     assert kept.items() <= units(started).items()
