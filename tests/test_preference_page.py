@@ -153,3 +153,14 @@ def test_sheets_of_another_page_and_wrong_answers_are_refused(written, pairs, tm
             score(key, [{"page": key["page"], "answers": answers}])
     with pytest.raises(ValueError, match="0 pairs. Expected at least one"):
         write_page([], tmp_path, "none", 0)
+
+
+def test_the_committed_page_and_key_belong_together(tmp_path):
+    html, key = ((REPRODUCE / "results" / name).read_text() for name in ("descriptor_pairs.html", "descriptor_pairs_key.json"))
+    key = json.loads(key)
+    assert f'const page = "{key["page"]}"' in html
+    assert len(shown(html)) == len(key["pairs"]) >= 40
+    (tmp_path / "answers.json").write_text(json.dumps(sheet(key, lambda row: "left")))
+    command = [sys.executable, str(REPRODUCE / "preference_page.py"), str(REPRODUCE / "results" / "descriptor_pairs_key.json")]
+    done = subprocess.run([*command, str(tmp_path / "answers.json")], capture_output=True, text=True, check=True)
+    assert re.search(r"psi\+ against unguided: \d+\.\d% preferred the first \[.*\], p = .*, 24 decided answers", done.stdout)
