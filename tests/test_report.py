@@ -426,10 +426,30 @@ def test_folders_that_are_refused(tmp_path):
     (tmp_path / "audit.json").write_text(json.dumps({k: v for k, v in document.items() if k != "units"}))
     with pytest.raises(ValueError, match="is damaged: it has no units"):
         write_report(tmp_path)
+    (tmp_path / "audit.json").write_text(json.dumps(document | {"units": None}))
+    with pytest.raises(ValueError, match="is damaged: its units is a NoneType. Expected a list"):
+        write_report(tmp_path)
     (tmp_path / "audit.json").write_text("{")
     with pytest.raises(ValueError, match=r"audit.json is damaged: .*. Expected JSON"):
         write_report(tmp_path)
     assert not (tmp_path / "index.html").exists()
+
+
+def test_what_is_null_is_left_out(tmp_path):
+    document, spectra = audit_document(["a", "b", "c"], (0, 1), labels=[True, False, None], reference=True)
+    write_audit(tmp_path, document, spectra)
+
+    def emptied(value):
+        return None if not isinstance(value, dict) else {name: emptied(entry) for name, entry in value.items()}
+
+    for name in ("model", "plan", "manifold_dim", "health", "out_of_distribution", "provenance", "run"):
+        less = emptied(document[name]) if name in ("model", "provenance") else None
+        (tmp_path / "audit.json").write_text(json.dumps(document | {name: less}))
+        assert "None" not in Page(write_report(tmp_path)).text, name
+    for name in ("combined", "scores"):
+        changed = document["memorization"] | {name: None}
+        (tmp_path / "audit.json").write_text(json.dumps(document | {"memorization": changed}))
+        assert "None" not in Page(write_report(tmp_path)).text, name
 
 
 def test_nan_of_somebody_elses_hand_is_not_known(tmp_path):

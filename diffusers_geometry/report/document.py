@@ -31,6 +31,7 @@ QUANTITIES = (
 )  # fmt: skip
 _PARTS = ("model", "request", "plan", "steps", "geometry", "manifold_dim", "prompts", "memorization", "health",
           "out_of_distribution", "units", "provenance", "run")  # fmt: skip
+_NEEDED = {"model": dict, "request": dict, "provenance": dict, "steps": list, "geometry": list, "prompts": list, "units": list}
 _MEANS = {
     "psi": "psi", "nu": "nu", "effective_dimension": "effective_dimension", "gap_dim": "gap_dim", "flipd": "flipd",
     "spectral_norm": "largest_singular_value", "asymmetry": "asymmetry",
@@ -96,6 +97,9 @@ def _read_audit(path: Path) -> Source:
         raise ValueError(f"{path / AUDIT_NAME} has schema {schema!r}. Expected {SCHEMA!r}: use the version that wrote it.")
     if missing := [name for name in _PARTS if name not in document]:
         raise ValueError(f"{path / AUDIT_NAME} is damaged: it has no {', '.join(missing)}. Expected what docs/audit.md lists.")
+    if wrong := [name for name, kind in _NEEDED.items() if not isinstance(document[name], kind)]:
+        said = f"its {wrong[0]} is a {type(document[wrong[0]]).__name__}. Expected a {_NEEDED[wrong[0]].__name__}"
+        raise ValueError(f"{path / AUDIT_NAME} is damaged: {said}, as docs/audit.md lists them.")
     if not (path / SPECTRA_NAME).is_file():
         raise FileNotFoundError(f"{path} has {AUDIT_NAME} but not {SPECTRA_NAME}. Expected both, as an audit writes them.")
     try:

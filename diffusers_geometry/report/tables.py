@@ -137,7 +137,8 @@ def _planned(spent: str, planned: str) -> str:
 
 
 def _pairs(values: dict[str, Any] | None) -> str | None:
-    return ", ".join(f"{name} {value}" for name, value in values.items()) if values else None
+    known = [f"{name} {MISSING if value is None else value}" for name, value in (values or {}).items()]
+    return ", ".join(known) or None
 
 
 def _list(values: list[Any] | None) -> str | None:

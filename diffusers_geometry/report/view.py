@@ -17,7 +17,7 @@ from .memorization import image_rows, memorization_view
 from .spectra import explorer, panels
 from .summary import answers, looked_at, unranked
 from .tables import ROWS, costs, facts, reference_table, step_table, unit_name, unit_table
-from .text import shortened
+from .text import MISSING, shortened
 
 MAPS = {
     "denoised": "D'", "score": "the score's Jacobian", "epsilon": "the Jacobian of the predicted noise",
@@ -52,7 +52,7 @@ def view(source: Source) -> dict[str, Any]:
         "health": document["health"], "unranked": unranked(document),
         "failed": [(unit, names[i]) for i, unit in enumerate(document["units"]) if unit["status"] != "done"], "names": names,
         "reference": reference_table(document, names), "units": unit_table(document), "costs": costs(document),
-        "facts": facts(document), "hashes": sorted((document["model"].get("weights") or {}).items()),
+        "facts": facts(document), "hashes": sorted((f, h or MISSING) for f, h in (document["model"].get("weights") or {}).items()),
         "repeat": document["provenance"].get("repeat"), "psi_values": psi, "rows_at_most": ROWS,
     }  # fmt: skip
 
