@@ -76,13 +76,13 @@ class Claims:
         return True
 
     def release(self, name: str) -> None:
-        """Gives ``name`` up, and removes what dead processes left of it."""
-        path = self._held.pop(name, None)
-        if path is not None:
-            _OWN.discard(path.absolute())  # from here on it counts as dead, whatever interrupts this
+        """Gives ``name`` up, and removes what dead processes left of it before this claim; a later one is somebody else's."""
+        path = self._held.pop(name)
+        _OWN.discard(path.absolute())  # from here on it counts as dead, whatever interrupts this
         if not self._held:
             self._stop.set()
-        for number in self._numbers(name):
+        mine = int(path.suffix[1:])
+        for number in (n for n in self._numbers(name) if n <= mine):
             try:
                 self._path(name, number).unlink(missing_ok=True)
             except OSError:  # where nothing can be removed any more, the claim is dead when this process is
@@ -114,8 +114,8 @@ class Claims:
                 return False
         try:
             return self._now() - path.stat().st_mtime < STALE
-        except FileNotFoundError:  # given up meanwhile
-            return False
+        except FileNotFoundError:  # given up at this moment: whoever looks again finds it free, and only one does
+            return True
 
     def _now(self) -> float:
         """The folder's clock, which may be another machine's."""
