@@ -65,12 +65,14 @@ def compared(bench: Bench, rewards: dict[str, GeometryReward]) -> tuple[Reader, 
     return reader, rows
 
 
-def late_windows(bench: Bench, reward: GeometryReward, reader: Reader) -> tuple[list[Row], list[Row]]:
+def late_windows(
+    bench: Bench, reward: GeometryReward, reader: Reader, scales: tuple[float, ...] = LATE_SCALES
+) -> tuple[list[Row], list[Row]]:
     """Rows of the tuning seeds, and of the test's: guidance from 80 % of the run beside the present window."""
     count = bench.setting.tuned * 2 // 3 or 1
     plain = bench.run("tuning unguided", None, TUNING_SEED, count)
     own, tuning = Reader(bench, plain), []
-    settings = [("from 60 %", WINDOW, LATE_SCALE), *(("from 80 %", LATE, scale) for scale in LATE_SCALES)]
+    settings = [("from 60 %", WINDOW, LATE_SCALE), *(("from 80 %", LATE, scale) for scale in scales)]
     for name, window, scale in settings:
         guidance = GeometryGuidance(reward, scale, **window)
         tuning.append(own.row(name, scale, bench.run(f"tuning {name[5:7]} {scale:g}", guidance, TUNING_SEED, count)))
@@ -110,9 +112,9 @@ def main() -> None:
             train = moved(dict(digits.split("train"))) if "moved" in best else None
             made[bench] = {"psi": found[best]} | {d: bench.reward(d, d, train) for d in DESCRIPTORS[1:]}
         else:
-            made[bench] = {d: bench.reward(d, d) for d in DESCRIPTORS}
+            made[bench] = {d: bench.reward(d, d) for d in DESCRIPTORS[: 1 if smoke else None]}
         read[bench] = compared(bench, {d: reward for d, (reward, _) in made[bench].items()})
-    tuning, test = late_windows(digits, found[best][0], read[digits][0])
+    tuning, test = late_windows(digits, found[best][0], read[digits][0], LATE_SCALES[: 1 if smoke else None])
     models = {bench.setting.name: rows for bench, (_, rows) in read.items()}
     draw_responses(models).savefig(output / "descriptor_rewards.png", dpi=90)
     draw_samples(models).savefig(output / "descriptor_rewards_samples.png", dpi=90, bbox_inches="tight")
