@@ -247,29 +247,59 @@ def _resident():
 
 
 def test_only_one_of_many_gets_a_claim(tmp_path):
-    """32 threads, each with claims of its own, as often as it takes: never two at once."""
+    """8 threads, each with claims of its own, 20 times each: never two at once."""
     inside, worst, done = [0], [0], [0]
-    lock, all_claims = threading.Lock(), [Claims(tmp_path) for _ in range(32)]
+    lock = threading.Lock()
 
     def worker(claims):
-        while True:
+        mine = 0
+        while mine < 20:
             if claims.take("unit"):
                 with lock:
                     inside[0] += 1
                     worst[0] = max(worst[0], inside[0])
-                time.sleep(0.001)
+                time.sleep(0.0005)
                 with lock:
                     inside[0] -= 1
                     done[0] += 1
                 claims.release("unit")
-                return
+                mine += 1
+            time.sleep(0.001)
 
-    threads = [threading.Thread(target=worker, args=(claims,)) for claims in all_claims]
+    threads = [threading.Thread(target=worker, args=(Claims(tmp_path),)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
-    assert (worst[0], done[0]) == (1, 32)
+    assert (worst[0], done[0]) == (1, 160)
+    assert list(tmp_path.iterdir()) == []
+
+
+def claim_often(folder, inside, result):
+    """A process that claims 40 times and says how often another was inside."""
+    claims, violations = Claims(Path(folder)), 0
+    for _ in range(40):
+        while not claims.take("unit"):
+            time.sleep(0.001)
+        try:
+            os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            violations += 1
+        time.sleep(0.0003)
+        Path(inside).unlink(missing_ok=True)
+        claims.release("unit")
+    Path(result).write_text(str(violations))
+
+
+def test_only_one_of_several_processes_gets_a_claim(tmp_path):
+    places = [(str(tmp_path / "claims"), str(tmp_path / "inside"), str(tmp_path / f"result-{i}")) for i in range(4)]
+    processes = [workers().Process(target=claim_often, args=place) for place in places]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert [Path(result).read_text() for _, _, result in places] == ["0"] * 4
 
 
 def test_a_claim_outlives_its_process_only_until_that_is_known(tmp_path):
