@@ -13,7 +13,7 @@ from typing import Any
 
 from .disclosure import public_document
 from .hub_errors import HubError, holds_token
-from .report.document import SCHEMA
+from .report.document import SCHEMA, is_readable
 
 PUBLISHED = "published.json"
 PICTURES = ("images", "figures")
@@ -38,7 +38,7 @@ def read_audit(folder: Path) -> dict[str, Any]:
         schema = audit["schema"]
     except (ValueError, KeyError, TypeError) as error:
         raise HubError(f"{folder / 'audit.json'} is no audit ({type(error).__name__}: {error}). Expected {SCHEMA}.") from None
-    if schema != SCHEMA:
+    if not is_readable(schema):
         raise HubError(f"{folder / 'audit.json'} has the schema {schema!r}. Expected {SCHEMA!r}.")
     return audit
 

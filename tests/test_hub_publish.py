@@ -429,6 +429,8 @@ def test_only_a_finished_audit_is_published(hub, folder):
     changed(folder, lambda audit: audit.update(schema="diffusers_geometry.audit/2"))
     with pytest.raises(HubError, match=r"has the schema 'diffusers_geometry.audit/2'. Expected 'diffusers_geometry.audit/1'"):
         publish(folder, "owner/audit", token=OWNER, endpoint=hub.endpoint)
+    changed(folder, lambda audit: audit.update(schema="diffusers_geometry.audit/1.3"))
+    assert hub_folder.read_audit(folder)["schema"].endswith("1.3")  # which only adds
     (folder / "audit.json").write_text("[]")
     with pytest.raises(HubError, match="is no audit"):
         publish(folder, "owner/audit", token=OWNER, endpoint=hub.endpoint)

@@ -295,6 +295,9 @@ def test_the_summary_claims_no_more_than_is_known(tmp_path):
     assert "! 1 prompt of 3 stands out Most suspicious: “b”." in page.text
     assert "Of those flagged, 1 is known to be memorised and 0 are known not to be memorised." in page.text
     assert "There are labels (2 prompts known to be memorised and 0 known not to be), but too few" in page.text  # d has no rank
+    document["memorization"]["combined"]["auroc"] = {"value": 0.75, "low": 0.5, "high": 1.0}  # judged by labels, not fitted on them
+    page = Page(write_report(write_audit(tmp_path, document, spectra)))
+    assert "with a probability (AUROC) of 0.750 (95 %: 0.500 to 1.000). Prompts unlike the bulk are flagged" in page.text
     for prompt in document["prompts"]:
         prompt["flagged"] = prompt["flagged"] and None
     document["health"]["checks"] = [check | {"ok": None} for check in document["health"]["checks"]]

@@ -72,6 +72,11 @@ def read_source(folder: str | os.PathLike) -> Source:
     raise FileNotFoundError(f"{path} holds neither {AUDIT_NAME} nor {TRACE_NAME}. Expected the folder of an audit or a trace.")
 
 
+def is_readable(schema: Any) -> bool:
+    """Whether an audit.json of this schema can be read: another minor number only adds."""
+    return str(schema).split(".")[:2] == SCHEMA.split(".")[:2]
+
+
 def thinned(source: Source, most: int = MOMENTS) -> Source:
     """The same with at most ``most`` recorded steps, spread evenly over the run and with both its ends."""
     document = source.document
@@ -93,7 +98,7 @@ def _read_audit(path: Path) -> Source:
     except ValueError as error:
         raise ValueError(f"{path / AUDIT_NAME} is damaged: {error}. Expected JSON.") from error
     schema = document.get("schema") if isinstance(document, dict) else None
-    if str(schema).split(".")[:2] != SCHEMA.split(".")[:2]:
+    if not is_readable(schema):
         raise ValueError(f"{path / AUDIT_NAME} has schema {schema!r}. Expected {SCHEMA!r}: use the version that wrote it.")
     if missing := [name for name in _PARTS if name not in document]:
         raise ValueError(f"{path / AUDIT_NAME} is damaged: it has no {', '.join(missing)}. Expected what docs/audit.md lists.")

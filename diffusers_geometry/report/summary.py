@@ -132,7 +132,7 @@ def _memorised(document: dict[str, Any]) -> Answer:
     if (combined.get("auroc") or {}).get("value") is not None:
         text.append(f"On {labelled(ranked)}, the score puts a memorised one before another with a probability (AUROC) of "
                     f"{interval(combined['auroc'])}.")  # fmt: skip
-    elif combined.get("certainty"):
+    if combined.get("certainty") and combined.get("fitted_on") != "labels":
         text.append(str(combined["certainty"]))
     return Answer(question, *_flags(len(flagged), len(ranked), combined.get("fitted_on")), text, "memorisation")
 
