@@ -8,7 +8,9 @@ units of the bulk: (value - median) / (1.4826 MAD) over all prompts (over the kn
     no labels   the mean of the scores, each softened beyond SOFT units so that no single one decides, in units of the bulk again;
                 a prompt is flagged beyond OUTLYING. This finds prompts unlike the others: where half recite, there is no bulk
 
-An interval of ranks comes from resampling seeds within every prompt.
+An interval of ranks comes from resampling seeds within every prompt. Of n seeds the mean of a resample has the variance of a mean
+times (n - 1) / n, half of it for two seeds, so deviations from the prompt's own mean are made longer by sqrt(n / (n - 1)). Of a
+prompt with a single seed nothing is known of its spread: it has no interval.
 """
 
 from __future__ import annotations
@@ -26,11 +28,10 @@ from .memorization_metrics import (
     BOOTSTRAP_DRAWS,
     FALSE_POSITIVE_RATE,
     Interval,
-    auroc,
-    bootstrap,
+    auroc_interval,
     roc,
     threshold_at_fpr,
-    tpr_at_fpr,
+    tpr_interval,
 )
 from .memorization_scores import PROMPT_SCORES, SCORES
 
@@ -64,7 +65,7 @@ class PromptRank:
     Attributes:
         combined: Higher is more suspicious; its error is that over seeds, None for one seed.
         rank: 1 is most suspicious.
-        rank_interval: 95 % by resampling seeds; None for one seed.
+        rank_interval: 95 % by resampling seeds; None for one seed, also where the others of the prompt failed.
         flagged: Whether it exceeds the threshold.
     """
 
@@ -132,9 +133,10 @@ def rank_prompts(
     fewest = min(positive.sum(), negative.sum())
     is_fitted, is_judged = fewest >= LEAST_LABELLED, fewest >= LEAST_JUDGED
     model = (_Fitted if is_fitted else _Unlabelled)(turned, positive, negative, rng)
-    drawn = np.array([model.combined(_resampled(turned, rng)) for _ in range(draws)]) if _max_seeds(turned) > 1 else None
+    running = _running(turned)
+    drawn = np.array([model.combined(_resampled(turned, rng)) for _ in range(draws)]) if running.shape[1] > 1 else None
     quality = {name: _quality(_means(v), positive, negative, seed, draws) for name, v in turned.items()} if is_judged else {}
-    ranks = iter(_ranks(model, drawn))
+    ranks = iter(_ranks(model, drawn, running.sum(axis=1)))
     return Ranking(
         tuple(next(ranks) if kept else None for kept in present),
         dict(zip(turned, model.weights.tolist(), strict=True)),
@@ -254,29 +256,36 @@ def _bulk(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return centre, np.where(spread > 0, spread, 1.0)
 
 
-def _max_seeds(turned: dict[str, np.ndarray]) -> int:
-    return max(v.shape[1] for v in turned.values())
+def _running(turned: dict[str, np.ndarray]) -> np.ndarray:
+    """Units (P, seeds) that have every score of units."""
+    seeds = max(v.shape[1] for v in turned.values())
+    return np.stack([np.isfinite(v) for v in turned.values() if v.shape[1] == seeds]).all(axis=0)
 
 
 def _resampled(turned: dict[str, np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """Means (P, scores) over seeds drawn with replacement within every prompt, the same draw for every score."""
-    seeds = _max_seeds(turned)
-    running = np.stack([np.isfinite(v) for v in turned.values() if v.shape[1] == seeds]).all(axis=0)
-    count = len(running)
+    """Means (P, scores) over seeds drawn with replacement within every prompt, the same draw for every score.
+
+    They lie as far from the prompt's own means as means over other seeds do.
+    """
+    running = _running(turned)
+    count, seeds = running.shape
     order = np.argsort(~running, axis=1, kind="stable")  # units that ran come first
     lived = np.maximum(running.sum(axis=1), 1)
     drawn = order[np.arange(count)[:, None], (rng.random((count, seeds)) * lived[:, None]).astype(int)]
     kept = np.arange(seeds) < lived[:, None]  # as many draws as there are units
+    longer = np.sqrt(lived / np.maximum(lived - 1, 1))
 
     def mean(values: np.ndarray) -> np.ndarray:
         if values.shape[1] != seeds:
             return _means(values)
-        return np.nanmean(np.where(kept, np.take_along_axis(values, drawn, axis=1), np.nan), axis=1)
+        own, other = (np.nanmean(np.where(kept, np.take_along_axis(values, i, axis=1), np.nan), axis=1) for i in (order, drawn))
+        return own + longer * (other - own)
 
     return np.stack([mean(v) for v in turned.values()], axis=1)
 
 
-def _ranks(model: _Unlabelled, drawn: np.ndarray | None) -> list[PromptRank]:
+def _ranks(model: _Unlabelled, drawn: np.ndarray | None, lived: np.ndarray) -> list[PromptRank]:
+    """One a prompt; ``lived`` counts its seeds (P,)."""
     ranks = rankdata(-model.values, method="ordinal").astype(int)
     intervals, sems = [None] * len(ranks), [None] * len(ranks)
     if drawn is not None:
@@ -285,8 +294,8 @@ def _ranks(model: _Unlabelled, drawn: np.ndarray | None) -> list[PromptRank]:
         intervals = [(min(math.floor(a), int(r)), max(math.ceil(b), int(r))) for a, b, r in zip(low, high, ranks, strict=True)]
         sems = drawn.std(axis=0, ddof=1).tolist()
     return [
-        PromptRank(Estimate(float(v), sem=s), int(r), i, bool(v > model.threshold))
-        for v, s, r, i in zip(model.values, sems, ranks, intervals, strict=True)
+        PromptRank(Estimate(float(v), sem=s if n > 1 else None), int(r), i if n > 1 else None, bool(v > model.threshold))
+        for v, s, r, i, n in zip(model.values, sems, ranks, intervals, lived, strict=True)
     ]
 
 
@@ -308,7 +317,7 @@ def _folds(positive: np.ndarray, negative: np.ndarray, rng: np.random.Generator)
 def _quality(values: np.ndarray, positive: np.ndarray, negative: np.ndarray, seed: int, draws: int) -> Quality:
     pair = values[positive], values[negative]
     rates = roc(*pair)
-    intervals = (bootstrap(statistic, *pair, seed=seed, draws=draws) for statistic in (auroc, tpr_at_fpr))
+    intervals = (interval(*pair, seed=seed, draws=draws) for interval in (auroc_interval, tpr_interval))
     return Quality(*intervals, *(r.tolist() for r in rates))
 
 

@@ -2,11 +2,20 @@
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from diffusers_geometry.memorization_detector import FOLDS, OUTLYING, fit_logistic, rank_prompts
-from diffusers_geometry.memorization_metrics import auroc, bootstrap, roc, threshold_at_fpr, tpr_at_fpr
+from diffusers_geometry.memorization_metrics import (
+    auroc,
+    auroc_interval,
+    bootstrap,
+    roc,
+    threshold_at_fpr,
+    tpr_at_fpr,
+    tpr_interval,
+)
 from diffusers_geometry.memorization_scores import SCORES
 
 
@@ -46,6 +55,46 @@ def test_bootstrap_has_the_width_of_repetition():
     width = np.mean([i.high - i.low for i in intervals])
     assert width == pytest.approx(2 * 1.96 * np.std(values), rel=0.12)
     assert np.mean([i.low <= np.mean(values) <= i.high for i in intervals]) > 0.85
+
+
+@pytest.mark.parametrize(("counts", "truth"), [((15, 170), 0.97), ((10, 10), 0.99)])
+def test_auroc_interval_holds_the_truth_where_the_bootstrap_alone_does_not(counts, truth):
+    """Normal scores: their AUROC is Phi(shift / sqrt(2))."""
+    rng, shift = np.random.default_rng(0), norm.ppf(truth) * np.sqrt(2)
+    held, alone = [], []
+    for seed in range(100):
+        pair = rng.normal(shift, 1, counts[0]), rng.normal(0, 1, counts[1])
+        for make, found in ((lambda *p, **k: auroc_interval(*p, **k), held), (lambda *p, **k: bootstrap(auroc, *p, **k), alone)):
+            interval = make(*pair, seed=seed, draws=60)
+            assert interval.low <= interval.value <= interval.high
+            found.append(interval.low <= truth <= interval.high)
+    assert np.mean(held) > 0.95
+    assert np.mean(alone) < 0.93
+
+
+def test_intervals_of_perfect_separation_have_the_width_of_the_counts():
+    pair = np.arange(15.0) + 1000, np.arange(170.0)
+    assert bootstrap(auroc, *pair, draws=50).low == 1  # what must not be told
+    found = auroc_interval(*pair, draws=50)
+    # At the end A the distance 1 - A is 1.96 of Hanley and McNeil's standard errors at A.
+    area, (p, n) = found.low, (15, 170)
+    first, second = area / (2 - area), 2 * area**2 / (1 + area)
+    variance = (area * (1 - area) + (p - 1) * (first - area**2) + (n - 1) * (second - area**2)) / (p * n)
+    assert (found.value, found.high) == (1, 1)
+    assert 1 - area == pytest.approx(norm.ppf(0.975) * np.sqrt(variance), rel=1e-9)
+    assert 0.85 < area < 0.95
+    for other in (pair[::-1], (-pair[0], -pair[1])):  # the other kind, or the other direction
+        mirrored = auroc_interval(*other, draws=50)
+        assert (mirrored.low, mirrored.high) == pytest.approx((0, 1 - area))
+    more = auroc_interval(np.arange(150.0) + 2000, np.arange(1700.0), draws=5)
+    assert area < more.low < 1
+
+
+@pytest.mark.parametrize(("hits", "low", "high"), [(15, 0.025 ** (1 / 15), 1), (0, 0, 1 - 0.025 ** (1 / 15))])
+def test_interval_of_a_true_positive_rate_is_the_binomial_one_at_its_ends(hits, low, high):
+    positives = np.where(np.arange(15) < hits, 1000.0, -1000.0)
+    found = tpr_interval(positives, np.arange(170.0), draws=50)
+    assert (found.value, found.low, found.high) == pytest.approx((hits / 15, low, high), abs=1e-12)
 
 
 @pytest.mark.parametrize("ridge", [0.3, 3.0])
@@ -151,6 +200,27 @@ def test_failed_units_and_failed_prompts():
     assert ranking.prompts[2].combined.sem == pytest.approx(0, abs=1e-12)
     partial = dict(scores, contraction=np.where(np.isin(np.arange(8), (3, 5))[:, None], np.nan, 1.0))
     assert "contraction" not in rank_prompts(partial).weights
+
+
+@pytest.mark.parametrize("seeds", [2, 4])
+def test_errors_of_few_seeds_are_those_of_their_mean(seeds):
+    """A resample of n values varies (n - 1) / n as much as their mean does; told errors do not shrink with it."""
+    rng, errors, values = np.random.default_rng(1), [], []
+    for _ in range(12):
+        anisotropy = np.linspace(-1, 1, 60)[:, None] + 0.3 * rng.normal(0, 1, (60, seeds))
+        ranking = rank_prompts({"anisotropy": anisotropy}, draws=100)
+        scale = 1.4826 * np.median(np.abs(anisotropy.mean(1) - np.median(anisotropy.mean(1))))
+        errors.append(np.mean([(p.combined.sem * scale) ** 2 for p in ranking.prompts]))
+        values.append(anisotropy.var(axis=1, ddof=1).mean() / seeds)
+    assert np.mean(errors) == pytest.approx(np.mean(values), rel=0.15)  # softening takes 7 %
+
+
+def test_a_prompt_with_one_seed_left_has_no_interval():
+    values = np.arange(6.0)[:, None] + np.random.default_rng(0).normal(0, 0.3, (6, 3))
+    values[2, 1:] = np.nan
+    prompts = rank_prompts({"anisotropy": values}, draws=50).prompts
+    assert [p.rank_interval is None for p in prompts] == [i == 2 for i in range(6)]
+    assert [p.combined.sem is None for p in prompts] == [i == 2 for i in range(6)]
 
 
 def test_one_seed_has_no_interval():
