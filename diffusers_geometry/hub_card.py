@@ -134,7 +134,7 @@ def _numbers(audit: dict[str, Any]) -> list[_Number]:
         if auroc is not None:
             known_interval = None not in (auroc["low"], auroc["high"])
             interval = f"[{auroc['low']:.3f}, {auroc['high']:.3f}]" if known_interval else ""
-            found.append(_Number("memorization_auroc", "AUROC of that score", auroc["value"], interval, "with its 95 % interval by prompt"))
+            found.append(_Number("memorization_auroc", "AUROC of that score", auroc["value"], interval, "95 %, by prompt"))
     checks = [check for check in audit["health"]["checks"] if check["ok"] is not None]  # None: not measured
     failed = [check["name"] for check in checks if not check["ok"]]
     meaning = f"of {len(checks)}" + (f": {', '.join(failed)}" if failed else "")
