@@ -38,10 +38,10 @@ from diffusers_geometry.memorization import RunPoint, score_batch
 from diffusers_geometry.schedule import noise_level
 
 VERDICT = """\
-Both marks are met: on held-out captions the guidance norm at the first step of one seed, two network evaluations, separates
-every planted caption from every control and ordinary one, and so do the reverse product's sharpness, FLIPD and its gap, the
-contraction tr D'_u - tr D'_c and the agreement of seeds. What differs is the margin. The contraction and the gap of FLIPD,
-which take products, separate by nine standard deviations, the guidance norm over the run by 3.5 and at its first step by 1.7;
+Both marks are met by the values; fifteen held-out planted captions are too few for intervals that end above the marks. Among
+the held-out captions the guidance norm at the first step of one seed, two network evaluations, separates every planted one from
+every control and ordinary one, and so do the reverse product's sharpness, FLIPD and its gap, the contraction tr D'_u - tr D'_c
+and the agreement of seeds. What differs is the margin. The contraction and the gap of FLIPD, which take products, separate by nine standard deviations, the guidance norm over the run by 3.5 and at its first step by 1.7;
 the logistic regression of all adds nothing to the best of them. Without labels the planted captions are ranked first and they
 alone are flagged. The cosine is weak along the run. As its authors coded it, of pure noise shown at a low timestep, it has the
 wrong sign on this model, and added with its weight set by hand it spoils the norm beside it (AUROC 0.79, the norm alone 1.00).
@@ -60,10 +60,11 @@ NOTES = """\
 Prompts: {planted} planted captions against {control} controls and {ordinary} ordinary captions (270 that training has, the rest
 with their words reordered), {seeds} seeds each, of which the scores that take products and the published formulas have
 {costly}; {steps} DDIM steps at guidance {guidance:g}, recorded at sigma {sigmas}. Half of every kind is held out: table and
-marks are of these, weights and threshold of the others. Intervals are 95 % by bootstrap over captions, never over seeds.
-Perfect separation has an interval of no width; {held} held-out positives, all found, are consistent with a true positive rate
-down to {least:.2f} (95 %, binomial). *Separation* is the difference of means over the root mean square of the standard
-deviations, of logarithms for sizes. *Forwards* are network evaluations of one sample a seed.
+marks are of these, weights and threshold of the others. Intervals are 95 % by bootstrap over captions, never over seeds; that of
+an AUROC is joined with the one that the counts allow by Hanley and McNeil's variance, that of a true positive rate with the exact
+binomial one, for resampling {held} held-out positives that were all found says nothing of those that were not seen. *Separation*
+is the difference of means over the root mean square of the standard deviations, of logarithms for sizes. *Forwards* are network
+evaluations of one sample a seed.
 
 All together: log odds of a ridge logistic regression, weights {weights} in robust units. At the threshold of the fitted half
 {hit} of {held} held-out planted captions and {false} of {others} others are flagged.
@@ -84,10 +85,11 @@ pure noise at three timesteps:"""
 MITIGATED = """\
 {planted} planted and {ordinary} ordinary captions, {seeds} seeds each, the same for every method; a sample recites within
 {radius:.2f} of the planted image, half of what lies between a training digit and its nearest neighbour (median); *readable* is
-a class with at least 0.9 by the zoo's classifier, shares have standard errors over captions. Ordinary captions are treated as if flagged by mistake. The schedules were chosen on other seeds of sixteen
-planted captions. *guidance_scale* is the pipeline's own argument, which ends at 1, the conditional branch. *w* is the weight of
-guidance that `MemorizationObjective(follow="estimates")` gives the flagged samples, also below 1; *gradient* follows the
-gradient of |e_c - e_u|, trust radius 3 of the noise. *Seconds* are processor time a sample. In a mixed batch samples that are
+a class with at least 0.9 by the zoo's classifier, shares have standard errors over captions. Ordinary captions are treated as if
+flagged by mistake. The schedules were chosen on other seeds of sixteen of the same planted captions. *guidance_scale* is the
+pipeline's own argument, which ends at 1, the conditional branch. *w* is the weight of guidance that
+`MemorizationObjective(follow="estimates")` gives the flagged samples, also below 1; *gradient* follows the gradient of
+|e_c - e_u|, trust radius 3 of the noise. *Seconds* are processor time a sample. In a mixed batch samples that are
 not flagged keep every bit: {spared}. No Fréchet distance is given: sixty samples in 64 features are too few for one."""
 
 
@@ -135,7 +137,7 @@ def explained(
         **blind, asymmetry=asymmetry(found),
         **{kind: given.kinds.count(kind) for kind in COLOURS},
         seeds=effort.seeds, costly=effort.costly, steps=STEPS, guidance=GUIDANCE, sigmas=sigmas, held=positives, others=others,
-        least=0.05 ** (1 / positives), weights=", ".join(f"{n} {weights[n]:+.2f}" for n in order),
+        weights=", ".join(f"{n} {weights[n]:+.2f}" for n in order),
         hit=int(flagged[held & planted].sum()), false=int(flagged[held & ~planted].sum()), replayed=replayed(bench),
     )  # fmt: skip
 

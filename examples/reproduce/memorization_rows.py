@@ -10,7 +10,7 @@ from memorization_bench import CHEAP, COSTLY, RECORDED, STEPS, Prompts
 from memorization_mitigation import Outcome
 
 from diffusers_geometry.memorization import cross_seed_agreement, rank_prompts
-from diffusers_geometry.memorization_metrics import Interval, auroc, bootstrap, tpr_at_fpr
+from diffusers_geometry.memorization_metrics import Interval, auroc_interval, bootstrap, tpr_interval
 from diffusers_geometry.memorization_scores import LONE_REVERSE, PROMPT_SCORES, SCORES
 
 FREE = ("guidance_norm", "guidance_shift", "anisotropy", "commitment")  # of the run's own network outputs
@@ -98,9 +98,9 @@ def separation(positives: np.ndarray, negatives: np.ndarray) -> float:
 
 
 def judged(values: np.ndarray, planted: np.ndarray, draws: int) -> tuple[Interval, Interval, Interval]:
-    """AUROC, true positive rate at 1 % false positives and separation, with bootstrap intervals by caption."""
+    """AUROC, true positive rate at 1 % false positives and separation, with intervals by caption."""
     pair = values[planted], values[~planted]
-    return tuple(bootstrap(statistic, *pair, draws=draws) for statistic in (auroc, tpr_at_fpr, separation))
+    return auroc_interval(*pair, draws=draws), tpr_interval(*pair, draws=draws), bootstrap(separation, *pair, draws=draws)
 
 
 def combined(
@@ -109,7 +109,8 @@ def combined(
     """Log odds by weights that were fitted on the captions that are not held out, the weights, and their threshold."""
     labels = [None if out else bool(is_planted) for out, is_planted in zip(held, given.planted, strict=True)]
     ranking = rank_prompts({name: found[name] for name in (*CHEAP, *COSTLY)}, labels, draws=20)
-    extra = sum(row.extra for row in rows if row.name in COSTLY) + next(r.extra for r in rows if r.name == "sharpness_reverse")
+    paid = ("sharpness_reverse", "sharpness", "flipd_gap", "contraction")  # flipd is a part of its gap
+    extra = sum(row.extra for row in rows if row.name in paid)
     values = np.array([p.combined.value for p in ranking.prompts])
     row = Row("all together", "logistic regression of those above", "diffusers_geometry", extra, 2 * STEPS + extra, values)
     return row, ranking.weights, ranking.threshold
@@ -170,7 +171,7 @@ def spectra_table(found: dict[str, np.ndarray], given: Prompts) -> list[str]:
     lines = ["| of D' | planted | control | ordinary | AUROC of low values |", "| --- | --- | --- | --- | --- |"]
     for name, values in found.items():
         medians = " | ".join(f"{np.median(values[kinds == kind]):.2f}" for kind in ("planted", "control", "ordinary"))
-        lines.append(f"| {name} | {medians} | {bootstrap(auroc, -values[planted], -values[~planted])} |")
+        lines.append(f"| {name} | {medians} | {auroc_interval(-values[planted], -values[~planted])} |")
     return lines
 
 
