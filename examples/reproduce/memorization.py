@@ -39,15 +39,16 @@ from diffusers_geometry.schedule import noise_level
 
 VERDICT = """\
 Both marks are met by the values; fifteen held-out planted captions are too few for intervals that end above the marks. Among
-the held-out captions the guidance norm at the first step of one seed, two network evaluations, separates every planted one from
-every control and ordinary one, and so do the reverse product's sharpness, FLIPD and its gap, the contraction tr D'_u - tr D'_c
-and the agreement of seeds. What differs is the margin. The contraction and the gap of FLIPD, which take products, separate by nine standard deviations, the guidance norm over the run by 3.5 and at its first step by 1.7;
-the logistic regression of all adds nothing to the best of them. Without labels the planted captions are ranked first and they
-alone are flagged. The cosine is weak along the run. As its authors coded it, of pure noise shown at a low timestep, it has the
-wrong sign on this model, and added with its weight set by hand it spoils the norm beside it (AUROC 0.79, the norm alone 1.00).
-FLIPD of pure noise with one probe orders captions no better than chance or the wrong way, with its whole Jacobian too; taken at
-the finished sample it separates them all. The coded score of a v-prediction is off by 1 / s² exactly, which no ranking at one
-step shows. The set is easy: thirty captions that recite always, none that recites in part, one small model. Flagged prompts are
+the held-out captions the guidance norm at the first step of one seed, two network evaluations, separates every planted one
+from every control and ordinary one, and so do the reverse product's sharpness, FLIPD and its gap, the contraction tr D'_u - tr
+D'_c and the agreement of seeds. What differs is the margin. The contraction and the gap of FLIPD, which take products,
+separate by nine standard deviations, the guidance norm over the run by 3.5 and at its first step by 1.7; the logistic
+regression of all adds nothing to the best of them. Without labels the planted captions are ranked first and they alone are
+flagged. The cosine is weak along the run. As its authors coded it, of pure noise shown at a low timestep, it has the wrong
+sign on this model, and added with its weight set by hand it spoils the norm beside it (AUROC 0.79, the norm alone 1.00). FLIPD
+of pure noise with one probe orders captions no better than chance or the wrong way, with its whole Jacobian too; taken at the
+finished sample it separates them all. The coded score of a v-prediction is off by 1 / s² exactly, which no ranking at one step
+shows. The set is easy: thirty captions that recite always, none that recites in part, one small model. Flagged prompts are
 best mitigated by releasing the guidance early: the full weight for a fifth of the run and none from there leaves 2 % of the
 planted samples reciting and 90 % readable (97 % before), and 93 % of captions flagged by mistake still show their digit; what
 is left still resembles the planted image, from which it lies about as far as a training digit from its nearest neighbour. The
