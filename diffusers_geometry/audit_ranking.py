@@ -30,7 +30,7 @@ def memorization(request: AuditRequest, units: list[dict[str, Any]], prompts: li
     ranking, reason = _ranking(request, values)
     for prompt, place in zip(prompts, ranking.prompts if ranking else [None] * len(prompts), strict=True):
         prompt |= _UNRANKED if place is None else {
-            "combined": {"value": place.combined.value, "sem": finite(place.combined.sem), "n": len(prompt["units"])},
+            "combined": {"value": place.combined.value, "sem": finite(place.combined.sem), "n": _done(units, prompt)},
             "rank": place.rank, "rank_interval": place.rank_interval and list(place.rank_interval), "flagged": place.flagged,
         }  # fmt: skip
     return {
@@ -72,6 +72,10 @@ def _ranking(request: AuditRequest, values: dict[str, np.ndarray]) -> tuple[Rank
         return None, f"{have} scores; at least {LEAST_PROMPTS} are needed to compare prompts with one another."
     labels = request.labels if any(label is not None for label in request.labels) else None
     return rank_prompts(values, labels), ""
+
+
+def _done(units: list[dict[str, Any]], prompt: dict[str, Any]) -> int:
+    return sum(units[i]["status"] == "done" for i in prompt["units"])
 
 
 def _score(score: Score, steps: int, ranking: Ranking | None) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def summarise(folder: AuditFolder) -> dict[str, Any]:
             unit, run, final = _unit(folder, request, i)
             units.append(unit)
             runs.append(run)
-            finals += [] if final is None else [torch.from_numpy(final)]
+            finals += [torch.from_numpy(final)] if final is not None and np.isfinite(final).all() else []
         agreement = cross_seed_agreement(torch.stack(finals)) if len(finals) > 1 else None
         agreements.append(None if agreement is None else estimate_document(agreement, len(finals)))
     document = _document(plan, request, units, levels, agreements) | {"run": _run(plan, runs)}

@@ -270,6 +270,25 @@ def test_a_model_of_nan_is_audited_to_the_end(tmp_path):
     assert "No unit has scores, so prompts are not compared." in audit.table()
 
 
+def test_a_sample_that_ends_at_nan_is_told_and_agrees_with_none(tmp_path):
+    """Finite networks, of which the scheduler's last step makes NaN: the units are done, the model is not healthy."""
+    pipe = vector_pipeline()
+    step = pipe.scheduler.step
+
+    def spoilt(*args, **options):
+        found = step(*args, **options)
+        if pipe.scheduler.step_index == len(pipe.scheduler.timesteps):
+            found.prev_sample = found.prev_sample * torch.nan
+        return found
+
+    pipe.scheduler.step = spoilt
+    document = audit_vectors(tmp_path, 2, pipe=pipe, scores=["effective_dimension"]).document
+    assert [unit["status"] for unit in document["units"]] == ["done", "done"]
+    assert [unit["non_finite"] for unit in document["units"]] == [8, 8]
+    assert document["prompts"][0]["agreement"] is None
+    assert document["health"]["ok"] is False
+
+
 def test_failed_units_are_tried_again_on_request(tmp_path):
     pipe = vector_pipeline()
     kept = pipe.network.last.weight.detach().clone()
