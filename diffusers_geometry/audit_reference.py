@@ -7,7 +7,12 @@ scores would be exchangeable, so that the conformal p-value
     p = (1 + #{reference units whose score is at least as large}) / (n + 1)
 
 is at most a with a probability of at most a, whatever the distribution (Vovk et al., Algorithmic Learning in a Random World, 2005).
-Exchangeable means that prompts and seeds were drawn alike; units that share a prompt are alike, so that it is prompts that count.
+Exchangeable means that prompts and seeds were drawn alike. Where this audit asks for the reference's own prompts, with other seeds
+or of another model, its units are like the reference's. Where it has others, units that share a prompt are one observation: it is G
+prompts that count, not n units, and each unit counts as the share that it has of its prompt (Lee, Barber and Willett,
+Distribution-free inference with hierarchical data, 2023, section 2)
+
+    p = (1 + sum over prompts of the share of their units whose score is at least as large) / (G + 1)
 """
 
 from __future__ import annotations
@@ -30,16 +35,20 @@ def reference_document(audit: dict[str, Any], sha256: str) -> dict[str, Any]:
     return {
         "sha256": sha256, "name": audit["model"]["name"], "positions": [step["position"] for step in audit["steps"]],
         "quantities": list(QUANTITIES), "prompts": len({unit["prompt"] for unit in units}), "values": values,
+        "unit_prompts": [audit["prompts"][unit["prompt"]]["sha256"] for unit in units],
     }  # fmt: skip
 
 
-def out_of_distribution(units: list[dict[str, Any]], steps: list[dict[str, Any]], reference: dict[str, Any]) -> dict[str, Any]:
+def out_of_distribution(
+    units: list[dict[str, Any]], steps: list[dict[str, Any]], reference: dict[str, Any], prompts: list[str]
+) -> dict[str, Any]:
     """The ``out_of_distribution`` of docs/audit.md.
 
     Args:
         units: Of this audit.
         steps: Its recorded steps.
         reference: As :func:`reference_document` made it.
+        prompts: SHA-256 of this audit's prompts.
 
     Raises:
         ValueError: the two audits record different steps.
@@ -51,25 +60,35 @@ def out_of_distribution(units: list[dict[str, Any]], steps: list[dict[str, Any]]
             "--record-steps."
         )
     known = _array(reference["values"])  # (n, steps, quantities)
-    level = max(FALSE_ALARMS, 1 / (len(known) + 1))
+    weights, counted = _weights(reference["unit_prompts"], prompts)
+    groups = round(weights.sum())
+    level = max(FALSE_ALARMS, 1 / (groups + 1))
     rows = []
     for unit in (unit for unit in units if unit["status"] == "done"):
         mine = _array([[[step[name] for name in QUANTITIES] for step in unit["steps"]]])[0]
         distances = _distances(np.concatenate([known, mine[None]]))
         further = np.where(np.isfinite(mine), (distances[:-1] >= distances[-1]).mean(axis=0), np.nan)
         scores = np.nan_to_num(distances, nan=0.0).reshape(len(distances), -1).max(axis=1)
-        p_value = float((scores >= scores[-1]).sum() / len(scores))
+        p_value = float((1 + weights @ (scores[:-1] >= scores[-1])) / (groups + 1))
         shares = [{n: None if math.isnan(v) else float(v) for n, v in zip(QUANTITIES, row, strict=True)} for row in further]
         rows.append({"index": unit["index"], "p_value": p_value, "score": float(scores[-1]), "steps": shares})
     text = (
         f"A unit is flagged when at most {level:.3g} of units like the reference's would be as far out: of {len(rows)} such units "
-        f"{level * len(rows):.2g} would be flagged falsely. The reference has {len(known)} units of {reference['prompts']} prompts."
+        f"at most {level * len(rows):.2g} would be flagged falsely. The reference has {len(known)} units of {reference['prompts']} "
+        f"prompts; {counted}."
     )
     return {
         "reference": {"name": reference["name"], "sha256": reference["sha256"], "units": len(known)},
         "quantities": list(QUANTITIES), "false_alarm_rate": level, "expected_false_alarms": level * len(rows), "explanation": text,
         "units": rows, "flagged": [row["index"] for row in rows if row["p_value"] <= level + 1e-12],
     }  # fmt: skip
+
+
+def _weights(known: list[str], asked: list[str]) -> tuple[np.ndarray, str]:
+    """What every unit of the reference counts (n,), from its prompt and those of this audit, and why."""
+    if set(asked) <= set(known):
+        return np.ones(len(known)), "this audit asks for the same prompts, so units count"
+    return np.array([1 / known.count(prompt) for prompt in known]), "this audit asks for others, so prompts count"
 
 
 def _distances(values: np.ndarray) -> np.ndarray:

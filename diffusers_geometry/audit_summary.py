@@ -55,7 +55,8 @@ def summarise(folder: AuditFolder) -> dict[str, Any]:
         agreements.append(None if agreement is None else estimate_document(agreement, len(finals)))
     document = _document(plan, request, units, levels, agreements) | {"run": _run(plan, runs)}
     if request.reference is not None:
-        document["out_of_distribution"] = out_of_distribution(units, levels, read_json(folder.path / REFERENCE))
+        hashes = [prompt["sha256"] for prompt in document["prompts"]]
+        document["out_of_distribution"] = out_of_distribution(units, levels, read_json(folder.path / REFERENCE), hashes)
     folder.write_json(AUDIT, document)
     return document
 

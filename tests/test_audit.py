@@ -409,28 +409,34 @@ def test_units_unlike_a_reference(vectors, tmp_path):
         audit_vectors(tmp_path / "third", 2, record_steps=2, reference=vectors.folder)
 
 
-def test_false_alarms_are_as_rare_as_stated():
-    """Units drawn like the reference's, from a skew distribution: flagged at most as often as it says."""
+@pytest.mark.parametrize(("prompts", "seeds", "asked"), [(79, 1, "others"), (20, 4, "others"), (20, 4, "the same")])
+def test_false_alarms_are_as_rare_as_stated(prompts, seeds, asked):
+    """Units drawn like the reference's, from a skew distribution, those of a prompt alike: flagged at most as often as it says."""
     generator = np.random.default_rng(0)
+    levels = [{"position": 0}, {"position": 5}]
     flagged, count = 0, 0
     for _ in range(120):
-        units = [_drawn(i, generator) for i in range(79 + 20)]
-        reference = reference_document(
-            {"units": units[:79], "model": {"name": "r"}, "steps": [{"position": 0}, {"position": 5}]}, "00"
-        )
-        found = out_of_distribution(units[79:], [{"position": 0}, {"position": 5}], reference)
+        places = [generator.standard_normal((2, 3)) for _ in range(prompts + 20)]
+        units = [_drawn(p, places[p], generator) for p in range(prompts) for _ in range(seeds)]
+        names = [{"sha256": f"{p}"} for p in range(prompts + 20)]
+        reference = reference_document({"units": units, "model": {"name": "r"}, "steps": levels, "prompts": names}, "00")
+        shift = prompts if asked == "others" else 0
+        own = [_drawn(i, places[i + shift], generator) for i in range(20)]
+        found = out_of_distribution(own, levels, reference, [f"{i + shift}" for i in range(20)])
         flagged, count = flagged + len(found["flagged"]), count + 20
     rate = found["false_alarm_rate"]
-    assert rate == pytest.approx(1 / 80)
-    assert flagged / count == pytest.approx(rate, abs=4 * np.sqrt(rate / count))
+    assert rate == pytest.approx(max(0.01, 1 / (prompts * (seeds if asked == "the same" else 1) + 1)))
+    error = 4 * np.sqrt(rate / count)
+    assert (rate if seeds == 1 or asked == "the same" else rate / seeds) - error < flagged / count < rate + error
+    assert ("so prompts count" in found["explanation"]) == (asked == "others")
 
 
-def _drawn(index, generator):
-    steps = [
-        {name: float(generator.standard_normal() ** 3) for name in ("psi", "nu", "spectral_norm")} | {"effective_dimension": None}
-        for _ in range(2)
-    ]
-    return {"index": index, "prompt": index, "status": "done", "steps": steps}
+def _drawn(prompt, place, generator):
+    """A unit near its prompt's place (steps, quantities)."""
+    values = (place + 0.3 * generator.standard_normal((2, 3))) ** 3
+    names = ("psi", "nu", "spectral_norm")
+    steps = [dict(zip(names, row, strict=True)) | {"effective_dimension": None} for row in values.tolist()]
+    return {"index": prompt, "prompt": prompt, "status": "done", "steps": steps}
 
 
 def test_health_finds_what_is_wrong():
