@@ -67,9 +67,9 @@ def requests() -> dict[str, dict[str, Any]]:
         },
         "sd-mnist": {"prompts": captions, "labels": labels, "seeds": range(2), "call": STEPS | {"guidance_scale": 3.0}, **latent},
         "sd-mnist-v": {"prompts": ordinary[:4], "seeds": range(2), "call": STEPS | {"guidance_scale": 3.0}, **latent},
-        "sd3-mnist": {"prompts": ordinary[:4], "seeds": range(2), "call": STEPS | {"guidance_scale": 3.0}, **latent},
+        "sd3-mnist": {"prompts": ordinary[:2], "seeds": range(2), "call": STEPS | {"guidance_scale": 3.0}, **latent},
         "ddpm-mnist": {"seeds": range(6), "call": {"num_inference_steps": 50}, **large},
-        "ddpm-emoji": {"seeds": range(6), "call": {"num_inference_steps": 50}, **large},
+        "ddpm-emoji": {"seeds": range(4), "call": {"num_inference_steps": 50}, **large},
     }
 
 
