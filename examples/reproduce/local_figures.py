@@ -145,18 +145,18 @@ def agreement(axes: Axes, at: Any, settings: list[np.ndarray], reference: int, c
 
 def draw_separation(measured: dict[str, Any]) -> Figure:
     """Distributions of the descriptors over sets of emoji; areas under ROC of every score for every corruption."""
-    figure = Figure(figsize=(15, 9), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(0.8, 1))
-    panels = top.subplots(1, len(DESCRIPTORS))
-    for axes, name in zip(panels, DESCRIPTORS, strict=True):
-        for colour, (group, own) in zip(COLOURS, measured.get("emoji", {}).items(), strict=False):
+    sets = measured["emoji"] if measured.get("compared") else {}
+    figure = Figure(figsize=(15, 9 if sets else 5), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(0.8, 1)) if sets else (None, figure.subfigures(1, 1))
+    for axes, name in zip(top.subplots(1, len(DESCRIPTORS)) if sets else (), DESCRIPTORS, strict=False):
+        for colour, (group, own) in zip(COLOURS, sets.items(), strict=False):
             values = np.sort(own.scores[name])
             axes.step(values, np.arange(1, len(values) + 1) / len(values), color=colour, label=group)
         axes.set(xlabel=UNITS[name], ylabel="share of images below" if name == "psi" else None, ylim=(0, 1))
         axes.grid(alpha=0.3)
-    if "emoji" in measured:
-        panels[0].legend(fontsize=8.5)
-    top.suptitle("one group of emoji against all groups: cumulative distributions")
+        axes.legend(fontsize=8)
+    if sets:
+        top.suptitle("one group of emoji against all groups: cumulative distributions")
     found = measured["separation"]
     scores = list(next(iter(found.values())).areas)
     areas = np.array([[result.areas[s].value for s in scores] for result in found.values()])

@@ -26,7 +26,7 @@ def rows(head: list[str], body: list[list[str]]) -> list[str]:
 def report(measured: dict[str, Any], verdict: str) -> list[str]:
     lines = ["# Local geometry of images", "", f"Written by `examples/reproduce/local_geometry.py`. {verdict}", ""]
     lines += [*what_was_taken(), "", *complexity(measured), "", *ranking(measured), "", *steadiness(measured), ""]
-    if "emoji" in measured:
+    if measured.get("compared"):
         lines += [*data_sets(measured), ""]
     return [*lines, *spoiling(measured), "", took(seconds(measured)), ""]
 
