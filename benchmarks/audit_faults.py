@@ -59,10 +59,9 @@ class Disturbed:
 
     def check(self):
         """No finished unit was lost or written again since the last look."""
-        now = marks(self.folder)
-        changed = [name for name, mark in self.kept.items() if now.get(name) != mark]
+        before, self.kept = self.kept, marks(self.folder)
+        changed = [name for name, mark in before.items() if self.kept.get(name) != mark]
         assert not changed, f"finished units were lost or computed again: {changed}"
-        self.kept = now
 
     def reach(self, share):
         """Waits until this share of the units is finished."""
@@ -208,6 +207,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--only", choices=["faults", "throughput"], help="Of the rest earlier results are kept.")
+    parser.add_argument("--work", type=Path, help="Folder of the undisturbed audit, so that it goes on after a stop.")
     parser.add_argument("--output", type=Path, help="Folder of audit_faults.md and .json; benchmarks/results if not --smoke.")
     args = parser.parse_args()
     output = args.output or (None if args.smoke else RESULTS)
@@ -225,8 +225,9 @@ def main():
             print(f"{name}: {text}", flush=True)
 
         if args.only != "throughput":
-            peaks = {units: undisturbed(scratch / "reference", units)}
-            for name, text in faults(scratch, scratch / "reference", units, kills):
+            reference = (args.work or scratch) / "reference"
+            peaks = {units: undisturbed(reference, units)}
+            for name, text in faults(scratch, reference, units, kills):
                 said(name, text)
             said("a unit that raises", poison(scratch, few))
             said("a model of NaN", not_a_number(scratch, few))
@@ -235,7 +236,7 @@ def main():
             grown = ", ".join(f"{count} units {peaks[count]:.0f} MiB" for count in sorted(peaks))
             said("peak memory of a process", grown)
         if not args.smoke and args.only != "faults":
-            said("throughput", throughput(scratch, 60, 3))
+            said("throughput", throughput(scratch, 30, 3))
     said(
         "measured on",
         f"torch {torch.__version__}, faults with both workers on {len(set(CORES))} of {os.cpu_count()} cores, {platform.machine()}",
