@@ -40,12 +40,13 @@ images at 0.72 with ψ here, over all 64 at 0.67. The reward of the guidance stu
 with true ψ. δ is steady: from a quarter of the radius to eight times it, and from two directions to 32, it ranks images at 0.92 or
 more with the setting used, and with the radius scaled by √d the share of knots met is nearly the same function of it in 64 and in
 768 dimensions. Along the axes it meets twice the knots of 32 random directions, since a step into one pixel is another thing than
-one into all. A group of emoji of little variance is no narrower in ψ than all groups, to within errors of a quarter: of the two
-that vary least one lies 0.7 standard deviations above all in ψ and 0.9 in δ, the other in neither; file size tells both groups
-from all, and is narrower in both. Of spoiled digits the descriptors say less than a sceptic's baselines. ψ, ν and δ all rise, and their direction holds
-on unseen images; but the error of D itself, which needs no Jacobian, is better than the best of them over all corruptions together
-(0.91 against 0.72 to 0.82), file size is better at weak noise and edge density at weak blur. Where a descriptor is as good as the
-best baseline both are all but perfect, and there is no corruption here at which one is better."""
+one into all. A group of emoji of little variance is not narrower in ψ than all groups beyond its error (0.85 of its spread,
+0.65 to 1.13): of the two that vary least one lies 0.7 standard deviations above all in ψ and 0.95 in δ, the other in neither;
+file size tells both groups from all, and is narrower in both. Of spoiled digits the descriptors say less than a sceptic's
+baselines. ψ, ν and δ all rise, and their direction holds on unseen images; but the error of D itself, which needs no Jacobian,
+is better than the best of them over all corruptions together (0.91 against 0.72 to 0.82), file size is better at weak noise
+and edge density at weak blur. Where a descriptor is as good as the best baseline both are all but perfect, and there is no
+corruption here at which one is better."""
 
 JUDGED = ("psi", "nu", "delta")  # the change of D' scatters too much between draws to be worth its cost there
 FIRST_SEED, STEPS = 2_000_000, 50
