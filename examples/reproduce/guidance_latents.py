@@ -27,8 +27,8 @@ the rise. A random direction does nothing. A reward of shuffled labels does: it 
 errors, a quarter of what the reward does there, so that a part of the rise is the push along what the frozen network is
 sensitive to. The exact gradient moves psi further both ways, at two samples; the best of six less. Speed misses its marks: this
 reward, a copy of much of the network, makes a run 1.4 to 1.7 times as long, and a label costs 1.21 times its plan, both on a
-busy machine; the package's small trunk, which ranks less well, stays within 1.25 over the run. dit-mnist was not measured: only
-the smoke run steers it."""
+busy machine; the package's small trunk, whose ranking was not measured here, stays within 1.25 over the run. dit-mnist was not
+measured: only the smoke run steers it."""
 
 WINDOW = {"start": 0.3, "stop": 0.78, "trust": "noise", "trust_radius": 1.0}
 MODELS = (
