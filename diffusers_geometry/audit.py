@@ -104,6 +104,7 @@ def audit_model(
     probe_products: int | None = None,
     threads: int = 1,
     revision: str | None = None,
+    lora: str | Path | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     token: str | None = None,
@@ -133,6 +134,7 @@ def audit_model(
         probe_products: Budget of every recorded step, ``max_products`` of :func:`~.analyze.analyze_geometry`.
         threads: With which every unit is computed; another number may change the last bits.
         revision: Branch, tag or commit of a Hub id; the commit it stands for is stored.
+        lora: A safetensors file of adapter weights, loaded into the model; see ``hf-geometry compare``.
         dtype: "float32", "bfloat16" or "float16".
         device: Torch device.
         token: For a private or gated model; stored nowhere.
@@ -153,7 +155,7 @@ def audit_model(
         raise ValueError(f"scores has {unknown}. Expected names in {list(SCORES)}.")
     options |= {} if probe_products is None else {"max_products": probe_products}
     compared = None if reference is None else _reference(Path(reference))
-    pipe, identity = load_source(model, revision, dtype, device, token)
+    pipe, identity = load_source(model, revision, dtype, device, token, lora)
     request = AuditRequest.make(
         prompts, class_labels, seeds, _checked_call(pipe, call, prompts, class_labels), options, scores, labels,
         reference=compared and compared["sha256"], neighborhood_radius=neighborhood_radius, threads=threads,
@@ -199,7 +201,7 @@ def repeat_audit(
     first, plan = Audit.from_folder(folder), AuditFolder(folder).read_plan()
     before = plan["model"]
     source, revision = (before["name"], before["revision"]) if model is None else (model, None)
-    pipe, identity = load_source(source, revision, before["dtype"], before["device"], token)
+    pipe, identity = load_source(source, revision, before["dtype"], before["device"], token, before.get("lora"))
     for name in ("weights", "weights_sha256", "scheduler", "pipeline"):
         if identity[name] != before[name]:
             changed = (

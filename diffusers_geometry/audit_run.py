@@ -133,8 +133,10 @@ class AuditRun:
         count, rank, world = len(self.request), self.processes.process_index, self.processes.num_processes
         if self.processes.is_main_process:
             self.folder.clean()
-        if retry_failed and self.processes.is_main_process:
-            self.folder.forget_failures(count)
+        if retry_failed:
+            if self.processes.is_main_process:
+                self.folder.forget_failures(count)
+            self.processes.wait_for_everyone()  # none may count a failure that is about to be forgotten
         order = [*range(rank, count, world), *(i for i in range(count) if i % world != rank)]
         probe = None if self.plan["probe"] is None else ProbePlan(**self.plan["probe"])
         finished = self.folder.finished(count)

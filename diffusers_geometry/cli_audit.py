@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 STOPPED = 130  # exit status of a command that was interrupted
 _STEPS_REFUSED = "is not a choice of steps. Expected a number, 'all', or positions 0,10,49"
+_OF_THE_PLAN = (
+    "prompts", "prompt", "class_label", "seeds", "labels", "reference", "steps", "record_steps", "call", "spectrum",
+    "num_singular_values", "psi_rank", "probe_products", "flipd", "delta", "scores", "threads", "revision", "lora", "dtype",
+    "device",
+)  # fmt: skip
 _LABELS = {
     "1": True,
     "true": True,
@@ -63,6 +69,7 @@ def audit(
     scores: Annotated[str | None, typer.Option(help="Memorisation scores, separated by commas; 'none' for none.")] = None,
     threads: Annotated[int, typer.Option(help="Threads of every unit; another number may change the last bits.")] = 1,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="Adapter to load: a safetensors file.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Start without asking.")] = False,
     max_products: Annotated[int | None, typer.Option(help="Refuse a plan of more products, all units together.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Refuse a plan of more seconds on one process.")] = None,
@@ -143,7 +150,7 @@ def _audited(given: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     if given["steps"] < 1:
         raise UsageError(f"--steps {given['steps']} is not possible. Expected at least 1.")
     chosen = {None: DEFAULT_SCORES, "none": ()}.get(given["scores"], (given["scores"] or "").split(","))
-    kept = ("reference", "threads", "revision", "dtype", "device", "max_products", "max_seconds", "retry_failed", "probe_products",
+    kept = ("reference", "threads", "revision", "lora", "dtype", "device", "max_products", "max_seconds", "retry_failed", "probe_products",
             "spectrum", "num_singular_values", "psi_rank", "flipd")  # fmt: skip
     found = audit_model(
         given["model"], texts, given["class_label"] or None, numbers("--seeds", given["seeds"]), given["output"],
@@ -159,14 +166,16 @@ def _audited(given: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
 def _repeated(given: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     from .audit import repeat_audit
 
-    named = [n for n in ("prompts", "prompt", "class_label", "labels", "reference", "call", "scores", "delta") if given[n]]
+    named = [n for n in _OF_THE_PLAN if given[n] != inspect.signature(audit).parameters[n].default]
     if named:
-        raise UsageError(f"--repeat takes everything from the plan; {named[0]} is given too. Expected MODEL and --output only.")
+        option = "--" + named[0].replace("_", "-")
+        raise UsageError(f"--repeat takes everything from the plan; {option} is given too. Expected MODEL and --output only.")
     found, repetition = repeat_audit(
         given["repeat"], given["output"], model=given["model"], retry_failed=given["retry_failed"],
         confirm=lambda plan: _confirm(plan, given), progress=not given["as_json"],
     )  # fmt: skip
-    return (found.document, f"{found.table()}\n\n{repetition.table()}") if _is_main() else (None, "")
+    document = found.document | {"repetition": repetition.as_dict()}
+    return (document, f"{found.table()}\n\n{repetition.table()}") if _is_main() else (None, "")
 
 
 def _check_publishing(repository: str | None, publish_as: str, private: bool) -> None:

@@ -21,7 +21,7 @@ from .report.text import count, markdown, markdown_code
 BEGIN = b"<!-- diffusers-geometry audit: begin. What stands between these comments is replaced by the next audit. -->"
 END = b"<!-- diffusers-geometry audit: end -->"
 _HEAD = b"<!-- diffusers-geometry audit: begin"
-_WEIGHTS = {"labels": "fitted on the audit's labels", "shipped": "shipped with the library", "robust z": "equal for all scores"}
+_WEIGHTS = {"labels": "fitted on the audit's labels", "robust z": "equal for all scores"}
 
 
 def with_section(card: bytes, section: str) -> bytes:

@@ -12,6 +12,7 @@ import hub_server
 import pytest
 import torch
 from audit_tiny import text_pipeline, vector_pipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from test_cli import run
 
 from diffusers_geometry.cli_audit import numbers
@@ -122,6 +123,49 @@ def test_two_audits_are_compared(audited, folders, capsys):
     assert "holds no audit.json" in capsys.readouterr().err
 
 
+def test_a_model_is_compared_with_its_lora_and_with_half_precision(folders, tmp_path, capsys):
+    """The adapter is part of the weights; the same weights in bfloat16 differ less from the base than the adapter does."""
+    pipe = text_pipeline(tmp_path / "words")
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_v", "to_out.0"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(pipe.unet)
+    type(pipe).save_lora_weights(tmp_path, unet_lora_layers=layers, weight_name="base.safetensors")
+    options = (
+        "--prompt",
+        "a",
+        "--prompt",
+        "b",
+        "--steps",
+        "4",
+        "--record-steps",
+        "1",
+        "--seeds",
+        "0-2",
+        "--yes",
+        "--scores",
+        "none",
+    )
+    options += ("--call", "height=16", "--call", "width=16", "--spectrum", "golub_kahan", "--num-singular-values", "2")
+    kinds = {"base": (), "lora": ("--lora", str(tmp_path / "base.safetensors")), "half": ("--dtype", "bfloat16")}
+    for name, more in kinds.items():
+        assert run("audit", str(folders / "text"), *options, *more, "--output", str(tmp_path / name)) == 0
+    documents = {name: json.loads((tmp_path / name / "audit.json").read_text()) for name in kinds}
+    assert documents["base"]["model"]["lora"] is None
+    assert "lora/base.safetensors" in documents["lora"]["model"]["weights"]
+    assert documents["lora"]["model"]["weights_sha256"] != documents["base"]["model"]["weights_sha256"]
+    moved = {name: abs(d["geometry"][0]["spectral_norm"]["value"] - documents["base"]["geometry"][0]["spectral_norm"]["value"])
+             for name, d in documents.items()}  # fmt: skip
+    assert 0 < moved["half"] < moved["lora"]
+    capsys.readouterr()
+    assert run("compare", str(tmp_path / "base"), str(tmp_path / "lora")) == 0
+    assert "6 pairs of units" in capsys.readouterr().out
+    assert run("audit", "--repeat", str(tmp_path / "lora"), "--output", str(tmp_path / "again"), "--yes") == 0
+    assert "0 moved beyond their errors" in capsys.readouterr().out
+    assert run("audit", str(folders / "text"), *options, "--lora", str(tmp_path), "--output", str(tmp_path / "no")) == 2
+    assert "is no safetensors file. Expected one that save_lora_weights wrote" in capsys.readouterr().err
+    assert run("audit", str(folders / "model"), *COMMON, *kinds["lora"], "--output", str(tmp_path / "no"), "--yes") == 2
+    assert "GeometryVectorPipeline takes no adapters" in capsys.readouterr().err
+
+
 def test_an_audit_is_repeated(audited, folders, capsys):
     """The model is found by the name that the plan has; other weights there are refused."""
     out = str(folders / "again")
@@ -136,7 +180,9 @@ def test_an_audit_is_repeated(audited, folders, capsys):
     assert run("audit", "--repeat", str(audited), "--output", str(audited), "--yes") == 2
     assert "is the audit that is to be repeated" in capsys.readouterr().err
     assert run("audit", "--repeat", str(audited), "--output", out, "--prompt", "a") == 2
-    assert "--repeat takes everything from the plan; prompt is given too" in capsys.readouterr().err
+    assert "--repeat takes everything from the plan; --prompt is given too" in capsys.readouterr().err
+    assert run("audit", "--repeat", str(audited), "--output", out, "--dtype", "bfloat16") == 2
+    assert "--repeat takes everything from the plan; --dtype is given too" in capsys.readouterr().err
 
 
 def test_a_report_is_made_again(audited, capsys):

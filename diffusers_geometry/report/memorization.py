@@ -105,7 +105,7 @@ def memorization_view(document: dict[str, Any]) -> dict[str, Any] | None:
     return {
         "combined": combined, "ranking": _ranking(document, combined.get("threshold")), "roc": _roc(combined, scores),
         "cost": _cost(scores), "labelled": labelled(ranked),
-        "fitted_on": {"labels": "fitted on this audit's labels", "shipped": "shipped with the library",
+        "fitted_on": {"labels": "fitted on this audit's labels",
                       "robust z": "equal, every score in units of the bulk of prompts"}.get(combined.get("fitted_on"), MISSING),
         "scores": [
             s | {"weight": weights.get(s["name"]), "auroc_text": interval(s.get("auroc")),
