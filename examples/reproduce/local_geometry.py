@@ -70,7 +70,7 @@ class Effort:
     reward: guidance_bench.Effort = field(default_factory=guidance_bench.Effort)
 
 
-SMOKE = Effort(6, 2, 3, 0, 0, 0, 4, (1, 8), ("noise 0.4",), replace(guidance_bench.SMOKE, label_seeds=8, held_out=0.5))
+SMOKE = Effort(4, 2, 2, 0, 0, 0, 4, (1, 8), ("noise 0.4",), replace(guidance_bench.SMOKE, label_seeds=6, held_out=0.67))
 
 
 @dataclass
