@@ -25,10 +25,10 @@ STOPPED, INTERRUPTED = 3, 130
 
 def work(folder, units, core, said, options):
     """What a worker process does; exits with 0, STOPPED (the folder cannot be written) or INTERRUPTED."""
-    if core is not None:
-        os.sched_setaffinity(0, {core})
-    torch.set_num_threads(1)
     try:
+        if core is not None:
+            os.sched_setaffinity(0, {core})
+        torch.set_num_threads(1)
         audit_model(None, seeds=range(units), output_dir=folder, **OPTIONS | options)
         status = 0
     except AuditStopped as error:

@@ -19,6 +19,6 @@ def test_an_audit_goes_through_every_fault_unchanged(tmp_path):
     assert said["kill -9 of one of two workers"].startswith("2 times, ")
     assert "No space left on device" in said["disk full"]
     assert "Read-only file system" in said["read-only output"]
-    assert said["after all of this"].startswith("all 14 units and every file the same bit for bit")
+    assert said["after all of this"].startswith("all 24 units and every file the same bit for bit")
     assert said["a unit that raises"].startswith("2 of 3 units recorded as failed")
     assert said["a model of NaN"].startswith("3 of 3 units recorded as FloatingPointError, health not ok")
