@@ -1,4 +1,4 @@
-"""Seconds and bytes of one Jacobian product of each kind, measured once at a point."""
+"""Seconds and bytes of one Jacobian product of each kind, and of a dense decomposition, measured once at a point."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torch import Tensor
 
 from .denoiser import Denoiser
 from .probe import ProbePlan
+from .spectrum import matrix_spectrum
+
+TIMED_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,14 @@ class ProductCosts:
         forward: Seconds of a forward product.
         evaluation: Seconds of a function value.
         memory: Bytes in flight per product of a chunk, beyond one forward pass; None where the device does not tell.
+        decomposition: Seconds of the singular values of one dense Jacobian; 0 where the plan has none.
     """
 
     reverse: float | None
     forward: float
     evaluation: float
     memory: int | None
+    decomposition: float = 0.0
 
     def seconds(self, plan: ProbePlan) -> float:
         """Of one recorded step of one sample."""
@@ -38,7 +43,7 @@ class ProductCosts:
             spectrum = self.evaluation * values * (plan.spectrum_products + plan.step_products)
         elif plan.method == "dense":  # with a spectrum of D' of its own, the map has more outputs than inputs
             spectrum = plan.spectrum_products * (self.forward if plan.denoised_products else self._single)
-            spectrum += plan.denoised_products * self._single
+            spectrum += plan.denoised_products * self._single + self.decomposition
         else:
             spectrum = (plan.spectrum_products + plan.denoised_products) * (self._single + self.forward) / 2
         traces = (plan.trace_products + plan.flipd_products) * self._single
@@ -68,7 +73,17 @@ def measure_costs(plan: ProbePlan, denoiser: Denoiser, x_t: Tensor) -> ProductCo
     with torch.no_grad():
         evaluation = _seconds(lambda: denoiser.denoised(points)) / count
     product = (lambda: jacobian.vjp(outputs)) if jacobian.has_reverse else (lambda: jacobian.jvp(inputs))
-    return ProductCosts(reverse, forward, evaluation, _peak_memory(product, count, x_t.device))
+    decomposition = _decomposition(plan, x_t) if plan.method == "dense" else 0.0
+    return ProductCosts(reverse, forward, evaluation, _peak_memory(product, count, x_t.device), decomposition)
+
+
+def _decomposition(plan: ProbePlan, x_t: Tensor) -> float:
+    """Seconds of the dense spectra of one point; beyond TIMED_SIZE they are taken to grow with the cube of the dimension."""
+    size = min(plan.size, TIMED_SIZE)
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(x_t)
+    matrix_spectrum(matrix, method="dense", products=size)  # the first pays for set-up
+    seconds = _seconds(lambda: matrix_spectrum(matrix, method="dense", products=size))
+    return seconds * (plan.size / size) ** 3 * (2 if plan.denoised_products else 1)
 
 
 def _seconds(run: Callable[[], Any]) -> float:

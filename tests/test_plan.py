@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import ddpm_pipeline, pixel_call, sd_call, sd_pipeline
 
-from diffusers_geometry import Jacobian, record, with_geometry
+from diffusers_geometry import Denoiser, Jacobian, record, with_geometry
 from diffusers_geometry.budget import plan_probe
 from diffusers_geometry.bundled import DIGITS
-from diffusers_geometry.costs import ProductCosts
+from diffusers_geometry.costs import ProductCosts, measure_costs
 from diffusers_geometry.difference import evaluate
 from diffusers_geometry.mixin import GeometryDDPMPipeline
 from diffusers_geometry.plan import fit_to_limits
@@ -141,6 +141,19 @@ def test_planning_leaves_the_pipeline_as_it_was():
         pipe.plan_geometry(no_such_argument=1)
     with pytest.raises(ValueError, match="spectrum='magic'"):
         pipe.plan_geometry(spectrum="magic")
+
+
+def test_a_dense_plan_counts_the_decomposition():
+    """Singular values of a large matrix cost more than the products of a small network: of 1,024 about as much as 64 times 256."""
+    dense = plan_probe(1024)
+    costs = [ProductCosts(reverse=0.01, forward=0.02, evaluation=0.01, memory=None, decomposition=s) for s in (0.0, 3.0)]
+    assert costs[1].seconds(dense) - costs[0].seconds(dense) == pytest.approx(3.0)
+    few = plan_probe(4096, num_singular_values=8)
+    assert costs[1].seconds(few) == costs[0].seconds(few)
+    denoiser = Denoiser.from_function(lambda x: x / 2, alpha_t=0.6, sigma_t=0.8, prediction_type="epsilon")
+    small, large = (measure_costs(plan_probe(n), denoiser, torch.ones(n)).decomposition for n in (16, 1024))
+    assert 0 < small < large / 10
+    assert measure_costs(few, denoiser, torch.ones(4096)).decomposition == 0
 
 
 def test_a_time_limit_shrinks_golub_kahan_and_then_refuses():
