@@ -55,7 +55,8 @@ def load_source(
     weights = weight_hashes(found.path) | ({} if lora is None else {f"lora/{Path(lora).name}": _load_adapter(pipe, Path(lora))})
     return _quiet(pipe), {
         "name": found.repo_id or name, "revision": found.sha, **identity_of(pipe), "dtype": dtype, "device": device,
-        "lora": None if lora is None else str(lora), "weights": weights, "weights_sha256": hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest(),
+        "lora": None if lora is None else str(lora), "weights": weights,
+        "weights_sha256": hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest(),
     }  # fmt: skip
 
 

@@ -150,8 +150,8 @@ def _audited(given: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     if given["steps"] < 1:
         raise UsageError(f"--steps {given['steps']} is not possible. Expected at least 1.")
     chosen = {None: DEFAULT_SCORES, "none": ()}.get(given["scores"], (given["scores"] or "").split(","))
-    kept = ("reference", "threads", "revision", "lora", "dtype", "device", "max_products", "max_seconds", "retry_failed", "probe_products",
-            "spectrum", "num_singular_values", "psi_rank", "flipd")  # fmt: skip
+    kept = ("reference", "threads", "revision", "lora", "dtype", "device", "max_products", "max_seconds", "retry_failed",
+            "probe_products", "spectrum", "num_singular_values", "psi_rank", "flipd")  # fmt: skip
     found = audit_model(
         given["model"], texts, given["class_label"] or None, numbers("--seeds", given["seeds"]), given["output"],
         labels=_labels(given["labels"]), scores=chosen, neighborhood_radius=given["delta"],

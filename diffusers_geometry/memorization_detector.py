@@ -5,8 +5,9 @@ units of the bulk: (value - median) / (1.4826 MAD) over all prompts (over the kn
 
     labels      a logistic regression with a ridge penalty; the prompts' own scores come from folds that have not seen them, the
                 weights told are those fitted on all; the threshold is exceeded by at most 1 % of the known negatives
-    no labels   the mean of the scores, each softened beyond SOFT units so that no single one decides, in units of the bulk again;
-                a prompt is flagged beyond OUTLYING. This finds prompts unlike the others: where half recite, there is no bulk
+    no labels   the mean of the scores, each softened so that no single one decides, in units of the bulk again; a prompt
+                is flagged where it is outlying, see :mod:`.memorization_bulk`: it is unlike the others. Where half recite, there
+                is no bulk
 
 An interval of ranks comes from resampling seeds within every prompt. Of n seeds the mean of a resample has the variance of a mean
 times (n - 1) / n, half of it for two seeds, so deviations from the prompt's own mean are made longer by sqrt(n / (n - 1)). Of a
@@ -21,9 +22,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.stats import norm, rankdata
+from scipy.stats import rankdata
 
 from .estimate import Estimate
+from .memorization_bulk import bulk, outlying, softened
 from .memorization_metrics import (
     BOOTSTRAP_DRAWS,
     FALSE_POSITIVE_RATE,
@@ -35,8 +37,6 @@ from .memorization_metrics import (
 )
 from .memorization_scores import PROMPT_SCORES, SCORES
 
-OUTLYING = 4.0  # of a normal bulk, one prompt in 30,000 lies beyond
-SOFT = 3.0  # units of the bulk beyond which a score counts by its logarithm
 RIDGE = 1.0
 FOLDS, LEAST_LABELLED, LEAST_JUDGED = 5, 5, 2  # prompts of each kind that are fitted, and that a score is judged by
 
@@ -154,15 +154,15 @@ class _Unlabelled:
 
     def __init__(self, turned: dict[str, np.ndarray], positive: np.ndarray, negative: np.ndarray, rng: np.random.Generator) -> None:
         means = np.stack([_means(v) for v in turned.values()], axis=1)
-        bulk = negative if negative.sum() >= LEAST_LABELLED else np.ones(len(means), dtype=bool)
-        self.centre, self.spread = _bulk(means[bulk])
+        ordinary = negative if negative.sum() >= LEAST_LABELLED else np.ones(len(means), dtype=bool)
+        self.centre, self.spread = bulk(means[ordinary])
         self.weights = np.full(len(turned), 1 / len(turned))
         plain = self._units(means) @ self.weights
-        self.scale = tuple(float(x[0]) for x in _bulk(plain[bulk, None]))
-        self.values, self.threshold = (plain - self.scale[0]) / self.scale[1], OUTLYING
+        self.scale = tuple(float(x[0]) for x in bulk(plain[ordinary, None]))
+        self.values, self.threshold = (plain - self.scale[0]) / self.scale[1], outlying(int(ordinary.sum()))[0]
 
     def _units(self, means: np.ndarray) -> np.ndarray:
-        return SOFT * np.arcsinh((means - self.centre) / (SOFT * self.spread))
+        return softened(means, self.centre, self.spread)
 
     def combined(self, means: np.ndarray) -> np.ndarray:
         """Combined scores of prompts from their scores' means (P, scores)."""
@@ -170,14 +170,14 @@ class _Unlabelled:
 
     def certainty(self, drawn: np.ndarray | None) -> str:
         """What the flags are worth."""
-        flagged, count = int((self.values > OUTLYING).sum()), len(self.values)
-        false = count * norm.sf(OUTLYING)
+        flagged, count = int((self.values > self.threshold).sum()), len(self.values)
+        false = outlying(count)[1]
         text = (
-            f"No labels: {flagged} of {count} prompts lie more than {OUTLYING:g} robust standard deviations above the bulk of "
-            f"this audit, where a normal bulk would put {false:.1g}. They are unlike the other prompts, which is no proof of "
+            f"No labels: {flagged} of {count} prompts lie more than {self.threshold:.3g} robust standard deviations above the "
+            f"bulk of this audit, where a normal bulk would put {false:.1g}. They are unlike the other prompts, which is no proof of "
             "recitation; and where a large share of the prompts recites, the bulk does too and none stands out."
         )
-        return text + _stability(self.values > OUTLYING, drawn, OUTLYING)
+        return text + _stability(self.values > self.threshold, drawn, self.threshold)
 
 
 class _Fitted(_Unlabelled):
@@ -247,13 +247,6 @@ def _turned(name: str, values: np.ndarray) -> np.ndarray:
 
 def _means(values: np.ndarray) -> np.ndarray:
     return np.nanmean(values, axis=1)
-
-
-def _bulk(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Median and 1.4826 MAD of columns (n, k); 1 where half of the values are equal."""
-    centre = np.median(values, axis=0)
-    spread = np.median(np.abs(values - centre), axis=0) / norm.ppf(0.75)
-    return centre, np.where(spread > 0, spread, 1.0)
 
 
 def _running(turned: dict[str, np.ndarray]) -> np.ndarray:

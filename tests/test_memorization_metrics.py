@@ -6,7 +6,8 @@ from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from diffusers_geometry.memorization_detector import FOLDS, OUTLYING, fit_logistic, rank_prompts
+from diffusers_geometry.memorization_bulk import OUTLYING, outlying
+from diffusers_geometry.memorization_detector import FOLDS, fit_logistic, rank_prompts
 from diffusers_geometry.memorization_metrics import (
     auroc,
     auroc_interval,
@@ -162,6 +163,19 @@ def test_an_unlabelled_audit_flags_what_is_unlike_the_bulk():
     assert np.median(values) == pytest.approx(0, abs=1e-9)
     calm = rank_prompts(table(prompts=200, recited=0, names=names, seed=1))
     assert not any(p.flagged for p in calm.prompts)
+
+
+@pytest.mark.parametrize("prompts", [3, 4, 10])
+def test_false_alarms_of_few_prompts_are_rare(prompts):
+    """Of four prompts one lies beyond four units in every 23rd audit; the threshold knows how many there are."""
+    rng = np.random.default_rng(1)
+    audits = [rank_prompts({"guidance_norm": np.exp(rng.standard_normal((prompts, 1)))}, draws=2) for _ in range(1000)]
+    assert audits[0].threshold == outlying(prompts)[0] > OUTLYING
+    alarms = sum(any(p.flagged for p in audit.prompts) for audit in audits)
+    assert alarms <= 10 + 4 * 10**0.5
+    beyond = sum(any(p.combined.value > OUTLYING for p in audit.prompts) for audit in audits)
+    assert beyond > alarms
+    assert outlying(370)[0] == OUTLYING
 
 
 def test_few_labels_are_not_fitted():

@@ -49,6 +49,7 @@ NUMERICAL = [
     "report",
     "memorization_metrics",
     "memorization_scores",
+    "memorization_bulk",
     "memorization_detector",
     "memorization",
 ]
