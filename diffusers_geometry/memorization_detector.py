@@ -174,8 +174,8 @@ class _Unlabelled:
         false = outlying(count)[1]
         text = (
             f"No labels: {flagged} of {count} prompts lie more than {self.threshold:.3g} robust standard deviations above the "
-            f"bulk of this audit, where a normal bulk would put {false:.1g}. They are unlike the other prompts, which is no proof of "
-            "recitation; and where a large share of the prompts recites, the bulk does too and none stands out."
+            f"bulk of this audit, where a normal bulk would put {false:.1g}. They are unlike the other prompts, which is no proof "
+            "of recitation; and where a large share of the prompts recites, the bulk does too and none stands out."
         )
         return text + _stability(self.values > self.threshold, drawn, self.threshold)
 
