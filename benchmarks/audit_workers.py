@@ -7,6 +7,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import queue
 import resource
 import signal
 import subprocess
@@ -25,6 +26,7 @@ STOPPED, INTERRUPTED = 3, 130
 
 def work(folder, units, core, said, options):
     """What a worker process does; exits with 0, STOPPED (the folder cannot be written) or INTERRUPTED."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would their children
     try:
         if core is not None:
             os.sched_setaffinity(0, {core})
@@ -72,7 +74,7 @@ class Worker:
         return self.process.exitcode
 
     def _read(self):
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(queue.Empty):
             self.said.append(self.queue.get(timeout=0.05))
 
 

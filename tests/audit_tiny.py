@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def workers():
 
 
 def run_vectors(folder, options):
-    """What a worker process does."""
+    """What a worker process does; it can be interrupted even if the tests run as a background job, which cannot."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["OMP_NUM_THREADS"] = "1"
     audit_vectors(folder, **options)

@@ -211,7 +211,10 @@ def test_ctrl_c_is_one_line_and_what_is_done_is_kept(folders, capsys):
     """SIGINT to the command itself."""
     out = folders / "interrupted"
     arguments = ("audit", str(folders / "model"), "--steps", "6", "--seeds", "0-199", "--output", str(out), "--yes")
-    process = subprocess.Popen([sys.executable, "-m", "diffusers_geometry", *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "diffusers_geometry", *arguments], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job of a shell would ignore it
+    )  # fmt: skip
     deadline = time.monotonic() + 90
     while len(list(out.glob("units/*.safetensors"))) < 2:
         assert time.monotonic() < deadline
