@@ -81,7 +81,7 @@ def marks(rows: list[Row], metrics: dict[str, Any], study: Study) -> list[tuple[
     ]  # fmt: skip
     for name, words in study.prices.items():
         said_falls = f"{falls[name][0]:.1f} at {low:+g}, {falls[name][1]:.1f} at {high:+g}"
-        found.append((f"{words} by <= 5 points", said_falls, max(falls[name]) <= 5))
+        found.append((f"{words} by <= 5 points", said_falls, max(falls[name]) <= 5 + 1e-9))
     for name, values in diversity.items():
         cells = ", ".join(f"{value:.3f} ± {error:.3f}" for value, error in values)
         found.append((f"{name} falls with -, rises with +", cells, values[0][0] < values[1][0] < values[2][0]))
