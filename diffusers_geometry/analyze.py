@@ -120,9 +120,7 @@ def analyze_geometry(
         output = pipe(*args, **kwargs)
     recording.check_complete()
     if watch is None:
-        with torch.inference_mode(False):  # whatever mode the pipeline was called in
-            for step in tqdm(recording, desc="geometry", unit="step", disable=not progress):
-                probing.add(step)
+        probing.add_all(progress)
     return probing.trace(made_by(output))
 
 
@@ -147,6 +145,12 @@ class _Probing:
         self.steps.append(_step_geometry(step, found, self.settings))
         return self
 
+    def add_all(self, progress: bool = False) -> None:
+        """Measures every recorded step."""
+        with torch.inference_mode(False):  # whatever mode the pipeline was called in
+            for step in tqdm(self.recording, desc="geometry", unit="step", disable=not progress):
+                self.add(step)
+
     def trace(self, images: Any = None) -> GeometryTrace:
         """What was measured so far."""
         settings = self.settings | {"plan": self.probe.plan.as_dict(), "units": UNITS[self.settings["of"]]}
@@ -168,9 +172,7 @@ def analyze_recording(recording: Recording, settings: dict[str, Any], plan: Prob
     probing = _Probing(recording, settings, probe_request(settings))
     if plan is not None:
         probing.probe = Probe(plan)
-    with torch.inference_mode(False):
-        for step in recording:
-            probing.add(step)
+    probing.add_all()
     return probing.trace()
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from .audit_request import AuditRequest
-from .audit_unit import finite
 from .memorization import PROMPT_SCORES, SCORES, Ranking, Score, rank_prompts
 from .memorization_detector import Quality
 from .memorization_metrics import Interval
+from .storage import finite
 
 LEAST_PROMPTS = 3  # that can be compared
 _UNRANKED = {"combined": None, "rank": None, "rank_interval": None, "flagged": None}

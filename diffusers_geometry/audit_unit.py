@@ -7,7 +7,6 @@ and when.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from .precision import to_float32
 from .probe import ProbePlan, probe_generator
 from .recorded_step import RecordedStep
 from .step_geometry import StepGeometry
+from .storage import finite
 from .trajectory import GeometryTrace
 
 DIRECTIONS = 8  # of the neighbourhood in which delta counts knots
@@ -204,8 +204,3 @@ def _step(step: StepGeometry, scores: dict[str, Estimate], delta: Estimate | Non
 def estimate_document(estimate: Estimate, count: int = 1) -> dict[str, Any]:
     """An estimate as docs/audit.md has it."""
     return {"value": finite(estimate.value), "sem": finite(estimate.sem), "n": count}
-
-
-def finite(value: float | None) -> float | None:
-    """A number that JSON has, or None."""
-    return None if value is None or not math.isfinite(value) else float(value)

@@ -1,7 +1,8 @@
-"""Files that are written whole or not at all, and images in them; safetensors and JSON only."""
+"""Files that are written whole or not at all, and the images and numbers in them; safetensors and JSON only."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ def write_together(directory: Path, contents: dict[str, bytes]) -> None:
     finally:
         for path in (*partial.values(), *previous.values()):
             path.unlink(missing_ok=True)
+
+
+def finite(value: float | None) -> float | None:
+    """A number that JSON has, or None."""
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def pack_images(images: Any, arrays: dict[str, np.ndarray]) -> dict[str, Any] | None:

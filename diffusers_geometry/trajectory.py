@@ -7,7 +7,6 @@ answers. Files are ``trace.json`` and ``trace.safetensors``, never pickle.
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +17,7 @@ import numpy as np
 
 from .phases import Phases, phases_by_eigenvalues, phases_by_gaps
 from .step_geometry import StepGeometry, pack_step, unpack_step
-from .storage import pack_images, unpack_images, write_together
+from .storage import finite, pack_images, unpack_images, write_together
 
 if TYPE_CHECKING:
     import pandas
@@ -103,18 +102,18 @@ class GeometryTrace:
                     "log_volume": step.log_volume,
                 }
                 row = {
-                    "step": step.index, "sample": b, "timestep": step.timestep, "sigma": _finite(step.sigma),
+                    "step": step.index, "sample": b, "timestep": step.timestep, "sigma": finite(step.sigma),
                     "alpha_t": step.alpha_t, "sigma_t": step.sigma_t, "phase": str(step.phase[b]),
                     "largest_singular_value": float(step.singular_values[b, 0]),
                 }  # fmt: skip
                 for name, estimate in estimates.items():
-                    row[name] = None if estimate is None else _finite(estimate.value[b])
-                    row[f"{name}_sem"] = None if estimate is None else _finite(estimate.sem[b])
-                    row[f"{name}_bias"] = None if estimate is None else _finite(estimate.bias[b])
+                    row[name] = None if estimate is None else finite(estimate.value[b])
+                    row[f"{name}_sem"] = None if estimate is None else finite(estimate.sem[b])
+                    row[f"{name}_bias"] = None if estimate is None else finite(estimate.bias[b])
                     row[f"{name}_converged"] = None if estimate is None else bool(estimate.converged[b])
                 row |= {
                     "psi_rank": int(step.local_scaling_rank[b]),
-                    "asymmetry": None if step.asymmetry is None else _finite(step.asymmetry[b]),
+                    "asymmetry": None if step.asymmetry is None else finite(step.asymmetry[b]),
                     "method": step.method, "engine": step.engine, "certificate_error": step.certificate_error,
                     "products": step.products // len(step.singular_values),
                 }  # fmt: skip
@@ -193,10 +192,6 @@ class GeometryTrace:
             return cls(steps, document["settings"], unpack_images(document["images"], arrays))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} holds a damaged trace: {error!r} is missing. Expected what save_pretrained wrote.") from error
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _cell(value: float | None, layout: str) -> str:

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from guidance_bench import LABELLED, RANK, WINDOW
+from guidance_study import kept
 from runs import load_zoo
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusers_geometry import Denoiser, GeometryDataset, GeometryGuidance, GeometryReward, Jacobian, Spectrum, guided
@@ -129,11 +129,7 @@ class Bench:
 
     def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``make`` gives, from the cache where it is there."""
-        path = self.folder / f"{name.replace(' ', '-')}.safetensors"
-        if not path.exists():
-            save_file({k: v.contiguous() for k, v in make().items()}, path.with_suffix(".partial"))
-            path.with_suffix(".partial").rename(path)
-        return load_file(path)
+        return kept(self.folder, name, make)
 
     def reward(self, name: str, descriptor: str, train: dict[str, Tensor] | None = None) -> tuple[GeometryReward, dict[str, Any]]:
         """A reward and its metrics on the held-out seeds; ``train`` are the labels if not all of them."""

@@ -21,6 +21,15 @@ from diffusers_geometry.reward_training import TrainingOptions, train_reward
 FIRST_SEED = 1_000_000  # of the evaluation; labels have seeds 0, 1, ..., scales were chosen on seeds from 900,000
 
 
+def kept(folder: Path, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors that ``make`` gives, from the folder where they are there."""
+    path = folder / f"{name.replace(' ', '-')}.safetensors"
+    if not path.exists():
+        save_file({k: v.contiguous() for k, v in make().items()}, path.with_suffix(".partial"))
+        path.with_suffix(".partial").rename(path)
+    return load_file(path)
+
+
 class Study:
     """A model, its labels, its rewards and its runs.
 
@@ -83,11 +92,7 @@ class Study:
 
     def kept(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``make`` gives, from the cache where it is there."""
-        path = self.folder / f"{name.replace(' ', '-')}.safetensors"
-        if not path.exists():
-            save_file({k: v.contiguous() for k, v in make().items()}, path.with_suffix(".partial"))
-            path.with_suffix(".partial").rename(path)
-        return load_file(path)
+        return kept(self.folder, name, make)
 
     def run(self, name: str, guidance: GeometryGuidance | None, count: int | None = None, first: int = FIRST_SEED) -> dict:
         """A generation with the true psi of its first samples."""
